@@ -1,0 +1,3 @@
+from rprune.cli.app import main
+
+main()

@@ -1,0 +1,61 @@
+"""Errors that a user can act on, and the exit codes of the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RpruneError(Exception):
+    """A mistake or failure with a reason and a way out: one line what and why, one line how to fix it."""
+
+    exit_code = 70
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(RpruneError):
+    """The request itself is wrong; nothing was run."""
+
+    exit_code = 2
+
+
+class InputError(RpruneError):
+    """A model, data set or file cannot be used."""
+
+    exit_code = 3
+
+
+class WorkError(RpruneError):
+    """The work was started and failed: diverged, target missed, export disagrees with its source."""
+
+    exit_code = 4
+
+
+class IntegrityError(RpruneError):
+    """Bytes are not the ones that were promised."""
+
+    exit_code = 5
+
+
+EXIT_CODES = {
+    0: "done; gate passed; verified",
+    1: "valid negative result: gate failed, or verify found a false claim",
+    2: "usage or recipe error, nothing was run",
+    3: "input cannot be used: model or data unreadable, unsafe pickle refused, unsupported layer",
+    4: "work failed: diverged, out of memory, target not reached, export disagrees with its source",
+    5: "integrity: hash mismatch",
+    70: "internal error (a bug)",
+    130: "interrupted, resumable",
+}
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], error: type[RpruneError] = UsageError) -> RpruneError:
+    """The error for a name that is not in a registry, with the nearest known name offered."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return error(f"unknown {kind} '{name}'", f"{hint}known: {', '.join(names)}")
