@@ -1,0 +1,131 @@
+"""Interval bound propagation (Gowal et al., ICCV 2019, section 3) over traced float and 8-bit networks.
+
+Linear layers move the centre with the weights and the radius with their magnitudes; monotone layers act on both ends. The
+margin specification z_y - z_j is merged into the last linear layer. Layers of the 8-bit simulation bring their own
+integer intervals (``interval``), which hold for the integers that the exported file computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, fx, nn
+
+from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, output_of
+from rprune.threat import ThreatModel
+
+OUTWARD = 1e-6  # the box is this much wider than eps: the tolerance with which attacks are checked
+MONOTONE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, GlobalAvgPool)
+LOGIT_ROUNDING = 2.0**-22  # relative; the last scaling of the 8-bit network is a float32 product of a float32 scale
+
+Interval = tuple[Tensor, Tensor]
+
+
+def box(x: Float[Tensor, "b c h w"], threat: ThreatModel) -> Interval:
+    """float64 pixel bounds that contain the threat's ball (for l2 too: no pixel moves by more than eps), within [0,1]."""
+    x = x.double()
+    reach = threat.eps + OUTWARD if threat.eps > 0 else 0.0
+    return (x - reach).clamp_min(0), (x + reach).clamp_max(1)
+
+
+def bounds(network: fx.GraphModule, lo: Tensor, hi: Tensor) -> Interval:
+    """Bounds of the logits for all inputs in [lo, hi]; ``network`` comes from ``trace`` or ``simulated``."""
+    found = _Interpreter(network).run((lo, hi))
+    return found[0], found[1]
+
+
+def margins(network: fx.GraphModule, lo: Tensor, hi: Tensor, y: Int64[Tensor, " b"]) -> Float[Tensor, "b k"]:
+    """Lower bounds of z_y - z_j over the box, for every class j; +inf at j = y."""
+    last = output_of(network)
+    head = layer(network, last) if last.op == "call_module" else None
+    affine = _real_affine(head)
+    if affine is None:
+        low, high = bounds(network, lo, hi)
+        lower = low.gather(1, y[:, None]) - high
+    else:
+        (source,) = last.args
+        assert isinstance(source, fx.Node)
+        weight, bias = affine
+        low, high = _Interpreter(network, stop=source).run((lo, hi))
+        centre, radius = (low + high) / 2, (high - low) / 2
+        logits = F.linear(centre, weight, bias)
+        spread = (weight[y][:, None] - weight[None]).abs()
+        reach = torch.einsum("bi,bki->bk", radius, spread)
+        lower = logits.gather(1, y[:, None]) - logits - reach
+        if not isinstance(head, nn.Linear):
+            size = logits.abs() + F.linear(radius, weight.abs())
+            lower = lower - LOGIT_ROUNDING * size.amax(1, keepdim=True)
+    return lower.scatter(1, y[:, None], torch.inf)
+
+
+def certified(
+    network: fx.GraphModule, x: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], threat: ThreatModel
+) -> Bool[Tensor, " b"]:
+    """True where no point of the threat's ball changes the prediction y. A bound that is not finite proves nothing."""
+    lower = margins(network, *box(x, threat), y)
+    return ((lower > 0) & ~torch.isnan(lower)).all(1)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a network on (lo, hi) pairs in float64."""
+
+    def __init__(self, network: fx.GraphModule, stop: fx.Node | None = None) -> None:
+        super().__init__(network)
+        self.stop = stop
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            try:
+                return super().run(*args, **kwargs)
+            except _Stopped as stopped:
+                return stopped.value
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n is self.stop:
+            raise _Stopped(value)
+        return value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Interval:  # noqa: ARG002
+        module = self.fetch_attr(target)
+        lo, hi = args[0]
+        if hasattr(module, "interval"):
+            low, high = module.interval(lo, hi, *args[1]) if len(args) == 2 else module.interval(lo, hi)
+            return low, high
+        if isinstance(module, MONOTONE):
+            return module(lo), module(hi)
+        if isinstance(module, Add):
+            return lo + args[1][0], hi + args[1][1]
+        centre, radius = (lo + hi) / 2, (hi - lo) / 2
+        if isinstance(module, Affine):
+            centre, radius = module.double()(centre), radius * module.scale.abs()
+        elif isinstance(module, nn.Linear):
+            bias = None if module.bias is None else module.bias.double()
+            centre = F.linear(centre, module.weight.double(), bias)
+            radius = F.linear(radius, module.weight.double().abs())
+        else:
+            assert isinstance(module, nn.Conv2d)
+            bias = None if module.bias is None else module.bias.double()
+            geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
+            centre = F.conv2d(centre, module.weight.double(), bias, *geometry)
+            radius = F.conv2d(radius, module.weight.double().abs(), None, *geometry)
+        return centre - radius, centre + radius
+
+
+class _Stopped(Exception):  # noqa: N818  control flow, not an error
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _real_affine(head: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    if isinstance(head, nn.Linear):
+        bias = torch.zeros(head.out_features) if head.bias is None else head.bias
+        return head.weight.double(), bias.double()
+    if head is not None and hasattr(head, "real_affine") and getattr(head, "conv", None) is None:
+        weight, bias = head.real_affine()
+        return weight, bias
+    return None

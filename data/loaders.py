@@ -1,0 +1,133 @@
+"""Batches on the device: one resident uint8 tensor for small sets, a DataLoader for sets that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from rprune.data.splits import ArraySplit, Augment, FileSplit, Split, read_image
+
+CROP_PADDING = 4  # pixels on each side, as all CIFAR recipes of the field
+
+
+class Batch(NamedTuple):
+    x: Float[Tensor, "b c h w"]  # in [0,1]
+    y: Int64[Tensor, " b"]
+    ids: Int64[Tensor, " b"]  # position of the sample in its split
+
+
+class Loader(Protocol):
+    """Batches of one split."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
+        """One epoch of training: every sample once, in an order and augmentation drawn from ``generator`` alone."""
+        ...
+
+    def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """The first ``limit`` samples as they are, in order."""
+        ...
+
+
+def loader(split: Split, device: torch.device, workers: int = 0) -> Loader:
+    """The loader that fits the split."""
+    if isinstance(split, ArraySplit):
+        images = torch.from_numpy(split.images).to(device)
+        return Resident(images, torch.from_numpy(split.labels).to(device))
+    return Streamed(split, device, workers)
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """All images of a split as one uint8 tensor on the device."""
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
+        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+        for ids in order.split(batch_size):
+            yield Batch(augmented(self.images[ids], generator, augment), self.labels[ids], ids)
+
+    def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        ids = torch.arange(len(self), device=self.labels.device)[:limit]
+        for part in ids.split(batch_size):
+            yield Batch(to_unit(self.images[part]), self.labels[part], part)
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """Image files decoded by worker processes."""
+
+    split: FileSplit
+    device: torch.device
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
+        for images, ids in self._decode(torch.randperm(len(self), generator=generator).tolist(), batch_size):
+            yield Batch(augmented(images, generator, augment), self._labels(ids), ids)
+
+    def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        for images, ids in self._decode(list(range(len(self)))[:limit], batch_size):
+            yield Batch(to_unit(images), self._labels(ids), ids)
+
+    def _labels(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(self.split.labels).to(self.device)[ids]
+
+    def _decode(self, order: list[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        feed = torch.utils.data.DataLoader(
+            _Decoder(self.split), batch_size=batch_size, sampler=order, num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        for images, ids in feed:
+            yield images.to(self.device, non_blocking=True), ids.to(self.device)
+
+
+class _Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    def __init__(self, split: FileSplit) -> None:
+        self.split = split
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(read_image(self.split.paths[index], self.split.shape).copy()), index
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+
+def to_unit(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    return images.float().div_(255)
+
+
+def augmented(
+    images: UInt8[Tensor, "b c h w"], generator: torch.Generator, augment: Augment
+) -> Float[Tensor, "b c h w"]:
+    """Random crop after zero padding, and horizontal flip, for a whole batch at once."""
+    if augment == "none":
+        return to_unit(images)
+    count, _, height, width = images.shape
+    device = images.device
+    padded = torch.nn.functional.pad(images, (CROP_PADDING,) * 4)
+    top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, count), generator=generator).to(device)
+    rows = top[:, None] + torch.arange(height, device=device)
+    columns = left[:, None] + torch.arange(width, device=device)
+    if augment == "crop-flip":
+        flip = torch.rand(count, generator=generator).to(device) < 0.5
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+    batch = torch.arange(count, device=device)
+    # advanced indices around the channel slice put the channels last: (b, h, w, c)
+    picked = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return to_unit(picked.permute(0, 3, 1, 2).contiguous())

@@ -1,0 +1,102 @@
+"""Robust accuracy over a split: found on the search net, counted on the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from rprune.attacks.base import ATTACKS, Attack
+from rprune.attacks.noise import Keyed
+from rprune.data.loaders import Loader
+from rprune.evaluation.accuracy import Predict, Predictions
+from rprune.threat import ThreatModel
+
+
+@dataclass(frozen=True, eq=False)
+class Robustness:
+    """Outcome for the first n samples. A sample is robust when the artifact is right on it and on every point found.
+
+    ``points`` and ``adversarial`` belong to the samples in ``broken_ids``: the points that the artifact misclassifies,
+    and what it calls them. ``misses`` are points that fooled the search net but not the artifact.
+    """
+
+    clean: Predictions
+    broken_ids: Int64[Tensor, " m"]
+    points: Float[Tensor, "m c h w"]
+    adversarial: Int64[Tensor, " m"]
+    broken_by: list[str]
+    queries: int
+    misses: int
+
+    @property
+    def robust(self) -> Bool[Tensor, " n"]:
+        robust = self.clean.right.clone()
+        robust[self.broken_ids] = False
+        return robust
+
+    @property
+    def correct(self) -> int:
+        return int(self.robust.sum())
+
+
+def robustness(
+    search: nn.Module,
+    verify: Predict,
+    data: Loader,
+    threat: ThreatModel,
+    attacks: Sequence[Attack],
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int = 250,
+    on_progress: Callable[[int, int, int], None] = lambda done, robust, total: None,
+) -> Robustness:
+    """Attack the first ``limit`` samples, each attack on those that the artifact still gets right.
+
+    Args:
+        search: differentiable network whose gradients guide the attacks.
+        verify: the artifact's predicted classes; only its verdict counts.
+    """
+    total = min(limit or len(data), len(data))
+    labels, clean, ids, points, adversarial, names = [], [], [], [], [], []
+    queries = misses = robust = done = 0
+    for batch in data.ordered(batch_size, limit):
+        predicted = verify(batch.x).to(batch.y.device)
+        alive = torch.nonzero(predicted == batch.y).flatten()
+        labels.append(batch.y.cpu())
+        clean.append(predicted.cpu())
+        for attack in attacks:
+            if len(alive) == 0:
+                break
+            x, y, keys = batch.x[alive], batch.y[alive], batch.ids[alive]
+            found = attack.evaluate(search, x, y, threat, Keyed(seed, keys))
+            verdict = verify(found.x).to(y.device)
+            fooled = verdict != y
+            queries += int(found.queries.sum())
+            misses += int((found.broken & ~fooled).sum())
+            ids.append(keys[fooled].cpu())
+            points.append(found.x[fooled].cpu())
+            adversarial.append(verdict[fooled].cpu())
+            names += [ATTACKS.name_of(attack)] * int(fooled.sum())
+            alive = alive[~fooled]
+        robust += len(alive)
+        done += len(batch.y)
+        on_progress(done, robust, total)
+    predictions = Predictions(torch.cat(labels), torch.cat(clean))
+    if not ids:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return Robustness(predictions, nothing, batch.x[:0].cpu(), nothing, [], queries, misses)
+    order = torch.cat(ids).argsort()
+    return Robustness(
+        predictions,
+        torch.cat(ids)[order],
+        torch.cat(points)[order],
+        torch.cat(adversarial)[order],
+        [names[i] for i in order.tolist()],
+        queries,
+        misses,
+    )

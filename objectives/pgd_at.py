@@ -1,0 +1,32 @@
+"""PGD adversarial training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rprune.attacks.base import cross_entropy
+from rprune.attacks.noise import Noise
+from rprune.attacks.pgd import PGD
+from rprune.objectives.base import OBJECTIVES, Loss, Objective
+from rprune.threat import ThreatModel
+
+
+@OBJECTIVES.register("pgd-at")
+@dataclass(frozen=True, kw_only=True)
+class PGDAT(Objective):
+    """CE(z(x'), y) at the PGD point x' (Madry et al., ICLR 2018, eq. 2.1).
+
+    10 steps of eps/4 from a random start, as HYDRA, HARP and Robust-ADMM train. The attack sees the net in eval mode,
+    the loss in train mode.
+    """
+
+    threat: ThreatModel
+    attack: PGD = PGD(steps=10)
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Noise) -> Iterator[Loss]:  # noqa: ARG002
+        point = self.attack.training_point(net, x, self.threat, cross_entropy(y), noise)
+        logits = net(point)
+        yield Loss(nn.functional.cross_entropy(logits, y), logits)

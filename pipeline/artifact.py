@@ -1,0 +1,251 @@
+"""What a stage leaves: weights, masks, integers, and everything the next stage needs to know.
+
+One artifact has three forms with the same content: a folder (stage.json, model.safetensors, masks.safetensors,
+quantization.safetensors), a ``.safetensors`` file and a ``.pt`` file that torch loads with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rprune.errors import InputError, IntegrityError, UsageError
+from rprune.files import atomic, file_digest, read_json, write_json
+from rprune.models.registry import Architecture, build, is_trusted
+from rprune.pipeline.intake import STATE_KEYS, classify, explain
+from rprune.registry import first_problem
+from rprune.reports.schema import LineageEntry
+from rprune.threat import ThreatModel
+
+FORMAT = "rprune.artifact/1"
+MASK, INTEGER = "rprune.mask/", "rprune.quantization/"  # prefixes inside a single file
+METADATA_KEY = "rprune"
+
+
+class DataRecord(BaseModel):
+    """Which data an artifact was made with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    validation: float
+    augment: str
+    classes: list[str]
+    sha256: dict[str, str]  # split -> digest
+
+
+class Metadata(BaseModel):
+    """What travels with the tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str = FORMAT
+    stage: str
+    architecture: dict[str, Any]
+    data: DataRecord
+    norm: str
+    eps: str
+    objective: dict[str, Any]
+    seed: int
+    sparsity: float | None = None
+    budget: int | None = None  # kept weights, exactly
+    lineage: list[LineageEntry] = []
+    environment: dict[str, Any] = {}
+
+    @property
+    def threat(self) -> ThreatModel:
+        return ThreatModel.of(self.norm, self.eps)
+
+    @property
+    def arch(self) -> Architecture:
+        return Architecture.from_dict(self.architecture)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """Plain weights by state_dict name, masks by weight name, and the 8-bit form if there is one."""
+
+    metadata: Metadata
+    state: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    quantization: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names, types, shapes and values of all tensors: the same in every form of the artifact."""
+        sha = hashlib.sha256()
+        for prefix, table in (("", self.state), (MASK, self.masks), (INTEGER, self.quantization)):
+            for name in sorted(table):
+                tensor = table[name].detach().cpu().contiguous()
+                sha.update(f"{prefix}{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    def model(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The plain module, with these weights, in eval mode."""
+        model = build(self.metadata.arch)
+        load_state(model, self.state, self.metadata.architecture["name"])
+        return model.to(device).eval()
+
+    def with_metadata(self, **changes: Any) -> Artifact:
+        return replace(self, metadata=self.metadata.model_copy(update=changes))
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], arch: str) -> None:
+    """Load strictly. Raises InputError that names the first key or shape that does not fit."""
+    wanted = model.state_dict()
+    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    if missing or extra:
+        first = f"missing {missing[0]}" if missing else f"unknown {extra[0]}"
+        raise InputError(
+            f"the weights do not fit {arch}: {len(missing)} keys missing, {len(extra)} unknown ({first})", "check --arch"
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != state[name].shape:
+            raise InputError(
+                f"the weights do not fit {arch}: {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}",
+                "check --arch, its arguments, and the number of classes of the data",
+            )
+    model.load_state_dict(state)
+
+
+def save_artifact(artifact: Artifact, path: Path) -> None:
+    """Write the form that the suffix asks for: ``.pt``, ``.safetensors``, or a folder."""
+    if path.suffix == ".pt":
+        content = {
+            METADATA_KEY: artifact.metadata.model_dump_json(),
+            "state_dict": artifact.state,
+            "masks": artifact.masks,
+            "quantization": artifact.quantization,
+        }
+        with atomic(path) as temporary:
+            torch.save(content, temporary)
+    elif path.suffix == ".safetensors":
+        tensors = dict(artifact.state)
+        tensors |= {MASK + name: mask for name, mask in artifact.masks.items()}
+        tensors |= {INTEGER + name: tensor for name, tensor in artifact.quantization.items()}
+        save_tensors(path, tensors, {METADATA_KEY: artifact.metadata.model_dump_json()})
+    elif path.suffix:
+        raise UsageError(f"cannot write '{path.suffix}' files", "name a .pt or .safetensors file, or a folder")
+    else:
+        save_tensors(path / "model.safetensors", artifact.state)
+        if artifact.masks:
+            save_tensors(path / "masks.safetensors", artifact.masks)
+        if artifact.quantization:
+            save_tensors(path / "quantization.safetensors", artifact.quantization)
+        files = {p.name: file_digest(p) for p in sorted(path.glob("*.safetensors"))}
+        write_json(path / "stage.json", {"metadata": artifact.metadata.model_dump(mode="json"), "files": files})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    with atomic(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read an artifact in any of its forms.
+
+    Raises:
+        InputError: not there, damaged, not an rprune artifact, or of an untrusted architecture.
+        IntegrityError: a folder whose files are not the ones it lists.
+    """
+    found = load_any(path)
+    if not isinstance(found, Artifact):
+        raise InputError(f"{path} holds plain weights without rprune's metadata", "say what they are: --arch and --data")
+    return found
+
+
+def load_any(path: Path) -> Artifact | dict[str, Tensor]:
+    """An artifact, or the plain state_dict of a foreign file. Never runs code from the file."""
+    if path.is_dir():
+        return _load_folder(path)
+    kind = classify(path)
+    if kind == "safetensors":
+        return _load_safetensors(path)
+    if kind != "checkpoint":
+        raise InputError(f"{path} is {explain(kind)}", "give a state_dict, a file that rprune wrote, or its stage folder")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling and zip errors share no base
+        raise InputError(f"cannot load {path}: {_reason(path, error)}", "save model.state_dict(), not the model") from None
+    if isinstance(content, dict) and METADATA_KEY in content:
+        metadata = _metadata(content[METADATA_KEY], path)
+        return Artifact(metadata, content["state_dict"], content["masks"], content["quantization"])
+    return plain_state(content, path)
+
+
+def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state_dict inside a foreign checkpoint, without wrapper prefixes. Raises InputError if there is none."""
+    if isinstance(content, dict):
+        for key in STATE_KEYS:
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"{path} holds no state_dict", f"save model.state_dict(), or put it under one of: {', '.join(STATE_KEYS)}")
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
+
+
+def _load_folder(path: Path) -> Artifact:
+    record = read_json(path / "stage.json", "stage record")
+    tables: dict[str, dict[str, Tensor]] = {}
+    for name, digest in record["files"].items():
+        file = path / name
+        if not file.is_file() or file_digest(file) != digest:
+            raise IntegrityError(f"{file} is not the file that {path / 'stage.json'} lists", "restore it, or run the stage again")
+        tables[name] = load_file(file)
+    get = tables.get
+    metadata = _metadata(json.dumps(record["metadata"]), path)
+    return Artifact(metadata, tables["model.safetensors"], get("masks.safetensors", {}), get("quantization.safetensors", {}))
+
+
+def _load_safetensors(path: Path) -> Artifact | dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {path}: {error}", "the file is damaged; restore it") from None
+    if text is None:
+        return plain_state(tensors, path)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    state = {n: t for n, t in tensors.items() if not n.startswith((MASK, INTEGER))}
+    return Artifact(_metadata(text, path), state, part(MASK), part(INTEGER))
+
+
+def _metadata(text: str, path: Path) -> Metadata:
+    try:
+        metadata = Metadata.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path} has unreadable metadata: {first_problem(error)}", "write it with this version of rprune") from None
+    name = metadata.arch.name
+    if not is_trusted(name):
+        # a file must never be able to name code that then runs
+        raise InputError(f"{path} was made with the architecture {name}, which is not built in", f"say so: --arch {name}")
+    return metadata
+
+
+def _reason(path: Path, error: Exception) -> str:
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file has no globals to list
+        unsafe = []
+    if unsafe:
+        return f"it holds pickled code ({', '.join(sorted(unsafe)[:3])}), which is never run"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

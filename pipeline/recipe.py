@@ -1,0 +1,224 @@
+"""Recipes: what a run is, as frozen, validated tables."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from rprune.errors import UsageError, unknown_name
+from rprune.registry import first_problem
+from rprune.threat import ThreatModel
+
+Spec: TypeAlias = str | dict[str, Any]
+"""A registered name, or a table with ``name`` and its options."""
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The architecture; classes and image shape come from the data."""
+
+    arch: str = "cnn-small"
+    kwargs: dict[str, Any] = {}
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+class DataSection(Section):
+    source: str
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    augment: Literal["none", "crop", "crop-flip"] | None = None
+    download: bool = False
+
+
+class ThreatSection(Section):
+    norm: Literal["linf", "l2"] = "linf"
+    eps: str | float
+
+    def model(self) -> ThreatModel:
+        return ThreatModel.of(self.norm, self.eps)
+
+
+class Trained(Section):
+    """Options of every stage that trains: HARP's and HYDRA's shared settings unless a stage says otherwise."""
+
+    batch_size: Positive = 128
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: str = "cosine"
+    select: Literal["best", "last"] = "best"
+
+
+class TrainStage(Trained):
+    """Dense training. 100 epochs at lr 0.1, as HYDRA and HARP pretrain."""
+
+    kind: Literal["train"] = "train"
+    objective: Spec = "pgd-at"
+    epochs: Positive = 100
+    lr: Annotated[float, Field(gt=0)] = 0.1
+
+
+class PruneStage(Trained):
+    """Pruning. Epochs come from the method (20 for HYDRA and HARP) unless given; lr 0.1 as in both papers."""
+
+    kind: Literal["prune"] = "prune"
+    method: Spec = "harp"
+    sparsity: float
+    floor: Positive = 1
+    objective: Spec | None = None  # None: as the model was trained
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] = 0.1
+
+
+class FinetuneStage(Trained):
+    """Training with the mask held. 100 epochs at lr 0.01, as HYDRA and HARP fine-tune."""
+
+    kind: Literal["finetune"] = "finetune"
+    objective: Spec | None = None
+    epochs: Positive = 100
+    lr: Annotated[float, Field(gt=0)] = 0.01
+
+
+class QuantizeStage(Section):
+    kind: Literal["quantize"] = "quantize"
+    bits: Literal[8] = 8
+    calibration: Positive = 512  # training images whose ranges set the scales
+
+
+class CertifyStage(Section):
+    """Bounds and smoothing. Smoothing's defaults are Cohen et al.'s with HYDRA's n."""
+
+    kind: Literal["certify"] = "certify"
+    methods: tuple[Literal["ibp", "smoothing"], ...] = ("ibp", "smoothing")
+    eps: str | float | None = None  # None: the threat's
+    limit: Positive | None = None
+    sigma: Annotated[float, Field(gt=0)] = 0.25
+    n0: Positive = 100
+    n: Positive = 10_000
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    smoothing_limit: Positive = 100
+
+
+class ExportStage(Section):
+    """Files, checks, and the claims measured on them."""
+
+    kind: Literal["export"] = "export"
+    suite: str = "pgd50x5"
+    limit: Positive | None = None
+
+
+Stage: TypeAlias = TrainStage | PruneStage | FinetuneStage | QuantizeStage | CertifyStage | ExportStage
+STAGES: dict[str, type[Section]] = {
+    "train": TrainStage,
+    "prune": PruneStage,
+    "finetune": FinetuneStage,
+    "quantize": QuantizeStage,
+    "certify": CertifyStage,
+    "export": ExportStage,
+}
+
+
+class Recipe(Section):
+    """A whole run. ``policy`` is a gate file, found beside the recipe."""
+
+    rprune: Literal[1]
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelSection = ModelSection()
+    data: DataSection
+    threat: ThreatSection | None = None  # None: what is usual for the data
+    checkpoint: str | None = None  # start from this file instead of a train stage
+    stage: tuple[Annotated[Stage, Field(discriminator="kind")], ...]
+    policy: str | None = None
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a TOML file, with ``key=value`` overrides applied.
+
+    Raises UsageError: not there, not TOML, an unknown key (the nearest is offered), a value out of range, or stages in
+    an order that cannot work.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}", "check the path") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {path} is not TOML: {error}", "see recipes/digits.toml for one") from None
+    for override in overrides:
+        _override(table, override)
+    recipe = validated(Recipe, table, str(path))
+    _check_order(recipe)
+    return recipe
+
+
+def validated(section: type[Any], table: Mapping[str, Any], origin: str) -> Any:
+    """Validate a table; the error names the key, and for an unknown one the nearest that exists."""
+    try:
+        return section.model_validate(table)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] == "extra_forbidden":
+            place = [str(part) for part in problem["loc"]]
+            raise unknown_name(f"key in {origin}", ".".join(place), _siblings(section, place)) from None
+        if problem["type"] == "union_tag_invalid":
+            raise unknown_name(f"stage in {origin}", str(problem["ctx"]["tag"]), STAGES) from None
+        raise UsageError(f"{origin}: {first_problem(error)}", "correct the value") from None
+
+
+def _siblings(section: type[Any], place: Sequence[str]) -> list[str]:
+    """Full names of the keys that may stand where an unknown one stands."""
+    owner: Any = section
+    for part in place[:-1]:
+        if part in STAGES:
+            owner = STAGES[part]
+        elif part in owner.model_fields and not part.isdigit():
+            annotation = owner.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            owner = next((a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)), owner)
+    return [".".join([*place[:-1], name]) for name in owner.model_fields]
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """Set ``a.b=c``; a stage is addressed by its kind: ``stage.prune.sparsity=0.9``. Values are TOML, else text."""
+    path, separator, text = override.partition("=")
+    if not separator or not path.strip():
+        raise UsageError(f"cannot read --set {override}", "write --set KEY=VALUE, for example stage.prune.sparsity=0.9")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = path.strip().split(".")
+    place: Any = table
+    for part in parents:
+        if isinstance(place, list):
+            stages = [entry for entry in place if entry.get("kind") == part]
+            if not stages:
+                raise UsageError(f"--set {override}: the recipe has no {part} stage", "address a stage by its kind")
+            place = stages[0]
+        else:
+            if isinstance(place.get(part), str):  # method = "harp" -> { name = "harp" }
+                place[part] = {"name": place[part]}
+            place = place.setdefault(part, {})
+    if not isinstance(place, dict):
+        raise UsageError(f"--set {override} does not name a value", "write --set stage.prune.sparsity=0.9")
+    place[last] = value
+
+
+def _check_order(recipe: Recipe) -> None:
+    kinds = [stage.kind for stage in recipe.stage]
+    if recipe.checkpoint is None and (not kinds or kinds[0] != "train"):
+        raise UsageError("the first stage is not train", "begin with a train stage, or name a checkpoint")
+    if "train" in kinds[1:] or (recipe.checkpoint is not None and "train" in kinds):
+        raise UsageError("a train stage stands after a model exists", "use finetune")
+    order = list(STAGES)
+    positions = [order.index(kind) for kind in kinds]
+    if positions != sorted(set(positions)):
+        raise UsageError(f"stages are out of order or twice: {', '.join(kinds)}", f"the order is {', '.join(order)}")

@@ -1,0 +1,370 @@
+"""What each stage does: an artifact in, an artifact out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from rprune.data.loaders import Loader, loader
+from rprune.data.sources import load_data
+from rprune.data.splits import DataSet
+from rprune.errors import InputError, UsageError, WorkError
+from rprune.evaluation.accuracy import classes_of, predictions
+from rprune.evaluation.certificates import certify_ibp, certify_smoothing
+from rprune.evaluation.robustness import robustness
+from rprune.certification.smoothing import Smoothing
+from rprune.models.graph import trace
+from rprune.models.prunable import prunable
+from rprune.models.registry import Architecture, build
+from rprune.objectives.base import OBJECTIVES, Objective
+from rprune.pipeline.artifact import Artifact, DataRecord, Metadata
+from rprune.pipeline.environment import environment
+from rprune.pipeline.recipe import (
+    CertifyStage,
+    DataSection,
+    FinetuneStage,
+    ModelSection,
+    PruneStage,
+    QuantizeStage,
+    Section,
+    Spec,
+    Trained,
+    TrainStage,
+)
+from rprune.pruning.base import METHODS, Context, Fixed, Pruner
+from rprune.pruning.budget import Budget
+from rprune.pruning.masks import count, impose
+from rprune.quantization.ptq import Quantization, quantize, simulated
+from rprune.reports.schema import LineageEntry
+from rprune.seeds import derive
+from rprune.threat import ThreatModel
+from rprune.training.loop import EpochLog, FitResult, Settings, fit
+
+
+class Reporter(Protocol):
+    """Where progress goes; the command line draws bars, the library is silent."""
+
+    def epoch(self, stage: str, log: EpochLog) -> None: ...
+
+    def progress(self, what: str, done: int, good: int, total: int) -> None: ...
+
+
+class Silent:
+    def epoch(self, stage: str, log: EpochLog) -> None: ...
+
+    def progress(self, what: str, done: int, good: int, total: int) -> None: ...
+
+
+@dataclass(eq=False)
+class Bench:
+    """What all stages of a run share: data on its device, threat model, seed, reporter."""
+
+    data: DataSet
+    section: DataSection
+    threat: ThreatModel
+    seed: int
+    device: torch.device
+    reporter: Reporter = field(default_factory=Silent)
+    _loaders: dict[str, Loader] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, section: DataSection, threat: ThreatModel | None, seed: int, device: str, reporter: Reporter | None = None
+    ) -> Bench:
+        data = load_data(
+            section.source, download=section.download, validation=section.validation, augment=section.augment
+        )
+        return cls(data, section, threat or data.threat, seed, pick_device(device), reporter or Silent())
+
+    def loader(self, split: str) -> Loader:
+        if split not in self._loaders:
+            self._loaders[split] = loader(self.data.split(split), self.device)
+        return self._loaders[split]
+
+    def record(self) -> DataRecord:
+        splits = ("train", "validation", "test")
+        return DataRecord(
+            source=self.data.source,
+            validation=self.section.validation,
+            augment=self.data.augment,
+            classes=list(self.data.classes),
+            sha256={name: self.data.split(name).digest for name in splits},
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes the GPU when there is one. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}", "use cpu or cuda") from None
+    return device
+
+
+def architecture(section: ModelSection, data: DataSet) -> Architecture:
+    return Architecture(section.arch, len(data.classes), data.shape, section.kwargs, section.mean, section.std)
+
+
+def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, bench: Bench, origin: Path) -> Artifact:
+    """A foreign state_dict as an artifact. Raises InputError when it does not fit the architecture or the data."""
+    artifact = Artifact(_metadata("import", arch, bench, _objective(objective, bench)), state)
+    artifact.model()
+    return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, {})
+
+
+def train(bench: Bench, arch: Architecture, stage: TrainStage, state_file: Path | None = None) -> Artifact:
+    """A dense robust model."""
+    started = time.monotonic()
+    objective = _objective(stage.objective, bench)
+    torch.manual_seed(derive(bench.seed, "weights"))
+    model = build(arch).to(bench.device)
+    found = _fit(bench, "train", model, Pruner(model), objective, stage, stage.epochs, state_file)
+    artifact = Artifact(_metadata("train", arch, bench, objective), _state(model))
+    return _finished(artifact, bench, stage, model, objective, found, started, None)
+
+
+def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | None = None) -> Artifact:
+    """Exactly the budget's weights kept, by any registered method."""
+    started = time.monotonic()
+    objective = _objective(stage.objective or source.metadata.objective, bench)
+    model = source.model(bench.device)
+    method = METHODS.build(stage.method)
+    budget = Budget.of({name: w.numel() for name, w in prunable(model).items()}, stage.sparsity, stage.floor)
+    epochs = method.epochs if stage.epochs is None else stage.epochs
+    steps = -(-len(bench.data.train) // stage.batch_size)
+    pruner = method.bind(model, budget, Context(epochs, steps, bench.seed))
+    found = _fit(bench, "prune", model, pruner, objective, stage, epochs, state_file)
+    masks = pruner.masks()
+    # the search may run slightly off the budget; what it leaves is on it exactly
+    impose(prunable(model), masks)
+    if count(masks) != budget.kept:
+        raise WorkError(f"{stage.method} kept {count(masks)} weights, the budget is {budget.kept}", "report this")
+    metadata = _metadata("prune", source.metadata.arch, bench, objective).model_copy(
+        update={"sparsity": stage.sparsity, "budget": budget.kept}
+    )
+    artifact = Artifact(metadata, _state(model), {name: mask.cpu() for name, mask in masks.items()})
+    resolved = stage.model_copy(update={"method": METHODS.describe(method), "epochs": epochs})
+    extra = {"kept": budget.kept, "total": budget.total, "search": pruner.log()}
+    return _finished(artifact, bench, resolved, model, objective, found, started, source, extra)
+
+
+def finetune(bench: Bench, source: Artifact, stage: FinetuneStage, state_file: Path | None = None) -> Artifact:
+    """Training with the mask held."""
+    started = time.monotonic()
+    objective = _objective(stage.objective or source.metadata.objective, bench)
+    model = source.model(bench.device)
+    masks = {name: mask.to(bench.device) for name, mask in source.masks.items()}
+    found = _fit(bench, "finetune", model, Fixed(model, masks), objective, stage, stage.epochs, state_file)
+    metadata = _metadata("finetune", source.metadata.arch, bench, objective).model_copy(
+        update={"sparsity": source.metadata.sparsity, "budget": source.metadata.budget}
+    )
+    artifact = Artifact(metadata, _state(model), source.masks)
+    return _finished(artifact, bench, stage, model, objective, found, started, source)
+
+
+def quantize_8bit(bench: Bench, source: Artifact, stage: QuantizeStage) -> Artifact:
+    """The 8-bit form beside the float weights. Raises InputError for layers that have no 8-bit form."""
+    started = time.monotonic()
+    network = trace(source.model(), bench.data.shape)
+    batches = [batch.x.cpu() for batch in bench.loader("train").ordered(128, stage.calibration)]
+    found = quantize(network, batches)
+    artifact = Artifact(source.metadata.model_copy(update={"stage": "quantize"}), source.state, source.masks, found.tensors())
+    twin = simulated(network, found)
+    metrics: dict[str, Any] = {"kept": sum(int(w.count_nonzero()) for w in found.weights.values())}
+    metrics["validation"] = _scores(bench, twin, _objective(source.metadata.objective, bench))
+    config = stage.model_dump(mode="json")
+    return _stamped(artifact, "quantize", config, source, time.monotonic() - started, metrics)
+
+
+def networks(artifact: Artifact) -> tuple[nn.Module, nn.Module | None]:
+    """(float model, 8-bit simulation if the artifact has one), both on the CPU in eval mode."""
+    model = artifact.model()
+    if not artifact.quantization:
+        return model, None
+    network = trace(model, artifact.metadata.arch.input_shape)
+    return model, simulated(network, Quantization.from_tensors(artifact.quantization))
+
+
+Certificates = dict[str, Any]
+"""JSON-able outcome of a certify stage: ``artifact`` (tensors digest), ``ibp`` and ``smoothing`` with counts per sample."""
+
+
+def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates:
+    """Bounds for the 8-bit network when there is one, else for the float network."""
+    started = time.monotonic()
+    threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
+    model, twin = networks(source)
+    found: Certificates = {
+        "artifact": source.digest,
+        "form": "onnx" if twin is None else "onnx-int8",
+        "data": {"source": bench.data.source, "sha256": bench.data.test.digest},
+        "config": stage.model_dump(mode="json"),
+        "seed": bench.seed,
+    }
+    test = loader(bench.data.test, torch.device("cpu"))
+    if "ibp" in stage.methods:
+        network: Any = trace(model, bench.data.shape) if twin is None else twin
+        table = []
+        for factor in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16):
+            scaled = threat if factor == 1 else threat.scaled(factor)
+            progress = _progress(bench, f"ibp eps {scaled.eps:.4g}")
+            result = certify_ibp(network, test, scaled, limit=stage.limit, on_progress=progress)
+            table.append({"eps": scaled.text, "correct": result.correct, "proved": result.proved.int().tolist()})
+        found["ibp"] = {"norm": threat.norm, "n": result.clean.n, "levels": table}
+    if "smoothing" in stage.methods:
+        smoothing = Smoothing(sigma=stage.sigma, n0=stage.n0, n=stage.n, alpha=stage.alpha)
+        predict = classes_of(model if twin is None else twin)
+        verdicts = certify_smoothing(
+            predict, test, len(bench.data.classes), smoothing, seed=bench.seed, limit=stage.smoothing_limit,
+            on_progress=_progress(bench, "smoothing"),
+        )  # fmt: skip
+        rows = [vars(v) | {"label": y} for v, y in zip(verdicts.verdicts, verdicts.labels, strict=True)]
+        settings = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
+        found["smoothing"] = settings | {"samples": rows}
+    found["seconds"] = time.monotonic() - started
+    return found
+
+
+def _progress(bench: Bench, what: str) -> Callable[[int, int, int], None]:
+    return lambda done, good, total: bench.reporter.progress(what, done, good, total)
+
+
+def _objective(spec: Spec | Mapping[str, Any], bench: Bench) -> Objective:
+    return OBJECTIVES.build(spec, threat=bench.threat)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _metadata(stage: str, arch: Architecture, bench: Bench, objective: Objective) -> Metadata:
+    return Metadata(
+        stage=stage,
+        architecture=arch.to_dict(),
+        data=bench.record(),
+        norm=bench.threat.norm,
+        eps=bench.threat.text,
+        objective=OBJECTIVES.describe(objective),
+        seed=bench.seed,
+        environment=environment(str(bench.device)),
+    )
+
+
+def _fit(
+    bench: Bench,
+    name: str,
+    model: nn.Module,
+    pruner: Pruner,
+    objective: Objective,
+    stage: Trained,
+    epochs: int,
+    state_file: Path | None,
+) -> FitResult:
+    settings = Settings(
+        epochs=epochs,
+        batch_size=stage.batch_size,
+        lr=stage.lr,  # type: ignore[attr-defined]  # every concrete training stage has one
+        momentum=stage.momentum,
+        weight_decay=stage.weight_decay,
+        schedule=stage.schedule,
+        select=stage.select,
+    )
+    found = fit(
+        model,
+        pruner,
+        objective,
+        bench.loader("train"),
+        settings,
+        augment=bench.data.augment,
+        validate=lambda net: _scores(bench, net, objective),
+        seed=derive(bench.seed, name),
+        on_epoch=lambda log: bench.reporter.epoch(name, log),
+        state_file=state_file,
+    )
+    model.eval()
+    return found
+
+
+def _scores(bench: Bench, net: nn.Module, objective: Objective) -> dict[str, float]:
+    """Validation accuracy, clean and under the objective's own attack; the latter is the score where there is one."""
+    was_training = net.training
+    net.eval()
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    data = bench.loader("validation") if device == bench.device else loader(bench.data.validation, device)
+    attack = objective.attack_used
+    if attack is None:
+        found = predictions(classes_of(net), data)
+        scores = {"validation_accuracy": found.correct / found.n, "score": found.correct / found.n}
+    else:
+        result = robustness(net, classes_of(net), data, bench.threat, (attack,), seed=bench.seed)
+        clean = result.clean
+        robust = result.correct / clean.n
+        scores = {"validation_accuracy": clean.correct / clean.n, "validation_robust": robust, "score": robust}
+    net.train(was_training)
+    return scores
+
+
+def _finished(
+    artifact: Artifact,
+    bench: Bench,
+    stage: Section,
+    model: nn.Module,
+    objective: Objective,
+    found: FitResult,
+    started: float,
+    source: Artifact | None,
+    extra: Mapping[str, Any] | None = None,
+) -> Artifact:
+    metrics: dict[str, Any] = {"selected_epoch": found.selected_epoch} if found.selected_epoch else {}
+    metrics |= dict(extra or {})
+    metrics["validation"] = _scores(bench, model, objective)
+    config = stage.model_dump(mode="json") | {"objective": OBJECTIVES.describe(objective)}
+    history = [{"epoch": float(log.epoch)} | log.values for log in found.history]
+    seconds = time.monotonic() - started
+    kind = str(config["kind"])
+    return _stamped(artifact, kind, config, source, seconds, metrics, history)
+
+
+def _stamped(
+    artifact: Artifact,
+    stage: str,
+    config: dict[str, Any],
+    source: Artifact | None,
+    seconds: float,
+    metrics: dict[str, Any],
+    history: list[dict[str, float]] | None = None,
+) -> Artifact:
+    """The artifact with its own line added to the lineage of its source."""
+    entry = LineageEntry(
+        stage=stage,
+        config=config,
+        parent=None if source is None else source.digest,
+        output=artifact.digest,
+        seconds=round(seconds, 3),
+        metrics=metrics,
+        history=history or [],
+    )
+    before = [] if source is None else source.metadata.lineage
+    return artifact.with_metadata(lineage=[*before, entry])
+
+
+def check_fits(artifact: Artifact, data: DataSet) -> None:
+    """Raises InputError when a model and a data set cannot go together."""
+    arch = artifact.metadata.arch
+    if arch.num_classes != len(data.classes):
+        raise InputError(
+            f"the model has {arch.num_classes} classes, {data.source} has {len(data.classes)}", "give the matching --data"
+        )
+    if arch.input_shape != data.shape:
+        raise InputError(
+            f"the model takes images of {arch.input_shape}, {data.source} has {data.shape}", "give the matching --data"
+        )

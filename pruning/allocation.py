@@ -1,0 +1,102 @@
+"""Allocators: how a budget is shared among layers. Every strategy is keyed by tensor name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rprune.errors import InputError, unknown_name
+from rprune.files import read_json
+from rprune.pruning.budget import Budget, apportion
+
+Counts = dict[str, int]
+
+
+def uniform(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """The same kept share in every layer (HYDRA)."""
+    return apportion({name: weight.numel() for name, weight in weights.items()}, budget)
+
+
+def erk(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """Erdos-Renyi-Kernel: kept weights of a layer proportional to the sum of its dimensions (RigL, ICML 2020, sec. 3)."""
+    return apportion({name: float(sum(weight.shape)) for name, weight in weights.items()}, budget)
+
+
+def lamp(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """The globally largest LAMP scores stay (Lee et al., ICLR 2021, eq. 3); no layer is emptied, its top score is 1."""
+    return global_top({name: lamp_scores(weight) for name, weight in weights.items()}, budget)
+
+
+def magnitude(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """The globally largest magnitudes stay, after each layer has kept its floor."""
+    return global_top({name: weight.detach().abs() for name, weight in weights.items()}, budget)
+
+
+def lamp_scores(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """w_u^2 over the sum of w_v^2 with |w_v| >= |w_u| in the same layer.
+
+    In float64 and summed from the largest down, so that the tail is not a difference of large numbers.
+    """
+    squares = weight.detach().double().flatten().square()
+    ordered, order = squares.sort(descending=True, stable=True)
+    tail = ordered.cumsum(0)
+    scores = torch.empty_like(squares)
+    scores[order] = ordered / tail.clamp_min(torch.finfo(torch.float64).tiny)
+    return scores.view(weight.shape)
+
+
+def global_top(scores: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """How many of the ``kept`` largest scores lie in each layer, each layer's best ``floor`` taken first."""
+    raised = []
+    for score in scores.values():
+        flat = score.detach().double().flatten().clone()
+        flat[flat.topk(min(budget.floor, flat.numel())).indices] = torch.inf
+        raised.append(flat)
+    owner = torch.repeat_interleave(torch.arange(len(raised)), torch.tensor([flat.numel() for flat in raised]))
+    order = torch.cat(raised).cpu().sort(descending=True, stable=True).indices[: budget.kept]
+    counts = torch.bincount(owner[order], minlength=len(raised))
+    return dict(zip(scores, counts.tolist(), strict=True))
+
+
+def from_file(path: Path, weights: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """A JSON table tensor name -> kept share, scaled to the budget.
+
+    Raises InputError when its names are not exactly the model's prunable tensors or a share is outside [0, 1].
+    """
+    table = read_json(path, "allocation file")
+    if not isinstance(table, dict):
+        raise InputError(f"{path} is not a table", "write {tensor name: kept share}")
+    missing, extra = set(weights) - set(table), set(table) - set(weights)
+    if missing or extra:
+        raise InputError(
+            f"{path} does not fit the model: {len(missing)} tensors missing, {len(extra)} unknown "
+            f"(first: {sorted(missing | extra)[0]})",
+            "its keys must be the model's weight names",
+        )
+    if not all(isinstance(share, int | float) and 0 <= share <= 1 for share in table.values()):
+        raise InputError(f"{path} has a share outside [0, 1]", "a share is kept weights / weights of the layer")
+    return apportion({name: table[name] * weight.numel() for name, weight in weights.items()}, budget)
+
+
+ALLOCATORS: dict[str, Callable[[Mapping[str, Tensor], Budget], Counts]] = {
+    "uniform": uniform,
+    "erk": erk,
+    "lamp": lamp,
+    "magnitude": magnitude,
+}
+
+
+def allocate(name: str, weights: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """Kept count of every layer, exactly ``budget.kept`` in all. ``name``: one of ALLOCATORS, or ``file:PATH``.
+
+    Raises UsageError for an unknown name.
+    """
+    if name.startswith("file:"):
+        return from_file(Path(name.removeprefix("file:")), weights, budget)
+    if name not in ALLOCATORS:
+        raise unknown_name("allocator", name, [*ALLOCATORS, "file:PATH"])
+    return ALLOCATORS[name](weights, budget)

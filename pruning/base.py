@@ -1,0 +1,159 @@
+"""The contract of a pruning method.
+
+A :class:`Method` is what a recipe says: a frozen dataclass of hyper-parameters. :meth:`Method.bind` gives a
+:class:`Pruner`, the running state. The loop drives it like this::
+
+    for epoch:
+        pruner.before_epoch(epoch)
+        for batch:
+            loss = objective loss + pruner.penalty();  loss.backward()
+            pruner.before_step();  optimizer.step();  pruner.after_step()
+        pruner.after_epoch(epoch)
+    masks = pruner.masks()
+
+The model is always a plain nn.Module that holds the weights it runs with. A method that learns something else than the
+weights keeps it outside, pulls the weight gradients to it in ``before_step`` and writes the weights in ``after_step``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rprune.models.prunable import prunable
+from rprune.pruning.budget import Budget
+from rprune.pruning.masks import Masks, impose
+from rprune.registry import Configured, Registry
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know of the stage that runs it."""
+
+    epochs: int = 0
+    steps_per_epoch: int = 0
+    seed: int = 0
+
+
+class Pruner:
+    """Base: nothing is pruned. Every hook has a default, so that dense training is this class itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def parameters(self) -> Iterable[Tensor]:
+        """What the optimizer trains."""
+        return self.model.parameters()
+
+    def penalty(self) -> Tensor | None:
+        """A scalar added to the loss."""
+        return None
+
+    def before_epoch(self, epoch: int) -> None: ...
+
+    def before_step(self) -> None:
+        """Weight gradients are ready."""
+
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+
+    def after_epoch(self, epoch: int) -> None: ...
+
+    def within_budget(self) -> bool:
+        """May this epoch's state be selected?"""
+        return True
+
+    def masks(self) -> Masks:
+        """Exactly ``budget.kept`` entries are True; empty when nothing is pruned."""
+        return {}
+
+    def log(self) -> dict[str, float]:
+        """Figures of this epoch worth a line in the log and the report."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+class Fixed(Pruner):
+    """A mask that is held: fine-tuning. Gradients are masked, so that momentum never revives a weight."""
+
+    def __init__(self, model: nn.Module, masks: Masks) -> None:
+        super().__init__(model)
+        self._masks = masks
+        self._weights = {name: weight for name, weight in prunable(model).items() if name in masks}
+        impose(self._weights, masks)
+
+    def before_step(self) -> None:
+        for name, weight in self._weights.items():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(~self._masks[name], 0.0)
+
+    def after_step(self) -> None:
+        impose(self._weights, self._masks)
+
+    def masks(self) -> Masks:
+        return self._masks
+
+
+class Scored(Pruner):
+    """Base of methods that learn a score for every weight and keep the weights themselves (HYDRA and its heirs).
+
+    ``weights`` holds the dense pretrained values. ``effective`` is the differentiable form of the weights in use; its
+    gradient is pulled from the model's weight gradients with one backward call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._held = prunable(model)
+        self.weights = {name: weight.detach().clone() for name, weight in self._held.items()}
+        norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm))
+        self._norms = [p for module in norms for p in module.parameters(recurse=False)]
+
+    def counts(self) -> dict[str, int]:
+        """Kept weights of each layer now."""
+        raise NotImplementedError
+
+    def current_masks(self) -> Masks:
+        """Masks of the search, which may be off the budget while a method still looks for its rates."""
+        raise NotImplementedError
+
+    def effective(self) -> dict[str, Tensor]:
+        """Weights in use, as a function of what is learned."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        gradients = {name: w.grad for name, w in self._held.items() if w.grad is not None}
+        effective = self.effective()
+        torch.autograd.backward([effective[name] for name in gradients], list(gradients.values()))
+
+    def after_step(self) -> None:
+        self.write(self.current_masks())
+
+    def write(self, masks: Masks) -> None:
+        """Put the effective weights into the model in place."""
+        with torch.no_grad():
+            for name, mask in masks.items():
+                self._held[name].copy_(self.weights[name]).masked_fill_(~mask, 0.0)
+
+
+class Method(Configured, ABC):
+    """Base of all methods. Derived classes are frozen dataclasses whose docstring is the method card."""
+
+    epochs: ClassVar[int] = 20
+    """Epochs of the pruning step in the paper; 0 for methods that do not train in it."""
+
+    @abstractmethod
+    def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
+        """Start pruning ``model`` in place. When this returns, the model holds the weights that it runs with."""
+
+
+METHODS: Registry[Method] = Registry("method", "rprune.pruning", lambda: Method)

@@ -1,0 +1,146 @@
+"""HARP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from rprune.models.prunable import prunable
+from rprune.pruning.allocation import allocate
+from rprune.pruning.base import METHODS, Context, Method, Pruner
+from rprune.pruning.budget import Budget, apportion
+from rprune.pruning.hydra import ScorePruner, straight_through
+from rprune.pruning.masks import Masks, top_mask
+
+ALPHA = 0.1  # a_min = ALPHA * a_t (HARP, section 3.2; --alpha of its code)
+PAPER_STEPS = 391  # steps an epoch on CIFAR-10 at batch 128, for which the paper's gamma step of 0.01 was chosen
+PAPER_EPOCHS = 20
+
+
+def initial_r(a_init: float, a_t: float) -> float:
+    """r such that rate(r) = a_init (HARP eq. 7), with the sigmoid held in [0.01, 0.99]."""
+    a_min = ALPHA * a_t
+    u = min(max((a_init - a_min) / (1 - a_min), 0.01), 0.99)
+    return math.log(u / (1 - u))
+
+
+def rate(r: Float[Tensor, "..."], a_t: float) -> Float[Tensor, "..."]:
+    """Kept share a = a_min + (1 - a_min) sigmoid(r) of a layer (HARP eq. 4)."""
+    a_min = ALPHA * a_t
+    return a_min + (1 - a_min) * torch.sigmoid(r)
+
+
+def hardware_loss(a: Float[Tensor, " l"], sizes: Float[Tensor, " l"], a_t: float) -> Float[Tensor, ""]:
+    """max(sum N a / (a_t sum N) - 1, 0) (HARP eq. 2 in the differentiable form of its code)."""
+    return ((sizes * a).sum() / (a_t * sizes.sum()) - 1).clamp_min(0)
+
+
+class HarpPruner(ScorePruner):
+    """Scores s as in HYDRA, and one r a layer that sets its kept share a."""
+
+    def __init__(self, model: nn.Module, budget: Budget, a_init: dict[str, float], gamma_step: float) -> None:
+        self.budget = budget
+        self.gamma_step = gamma_step
+        self.gamma = gamma_step
+        self.frozen = False  # gamma stays from the first epoch that meets the target on
+        device = next(model.parameters()).device
+        start = [initial_r(a_init[name], budget.density) for name in budget.sizes]
+        self.r = torch.tensor(start, dtype=torch.float32, device=device, requires_grad=True)
+        self._sizes = torch.tensor(list(budget.sizes.values()), dtype=torch.float32, device=device)
+        super().__init__(model, {})
+
+    def parameters(self) -> Iterable[Tensor]:
+        return [*super().parameters(), self.r]
+
+    def rates(self) -> Tensor:
+        return rate(self.r, self.budget.density)
+
+    def hardware_loss(self) -> Tensor:
+        return hardware_loss(self.rates(), self._sizes, self.budget.density)
+
+    def penalty(self) -> Tensor | None:
+        return self.gamma * self.hardware_loss()
+
+    def counts(self) -> dict[str, int]:
+        shares = rate(self.r.detach().double(), self.budget.density).tolist()
+        return {name: max(n - int((1 - a) * n), 1) for (name, n), a in zip(self.budget.sizes.items(), shares, strict=True)}
+
+    def effective(self) -> dict[str, Tensor]:
+        # broadcasting the rate over the layer makes dL/da the SUM of dL/dw_eff * w, as in the paper's code
+        rates = straight_through(self.rates())
+        return {
+            name: w * (straight_through(self.scores[name].abs()) + rates[index])
+            for index, (name, w) in enumerate(self.weights.items())
+        }
+
+    def before_epoch(self, epoch: int) -> None:
+        if not self.frozen:
+            self.gamma = self.gamma_step * (epoch + 1)
+
+    def after_epoch(self, epoch: int) -> None:  # noqa: ARG002
+        self.frozen = self.frozen or self.within_budget()
+
+    def within_budget(self) -> bool:
+        return round(float(self.hardware_loss().detach()), 4) == 0
+
+    def masks(self) -> Masks:
+        """The learned rates snapped to the exact budget by largest remainder."""
+        counts = apportion(
+            {n: a * size for (n, size), a in zip(self.budget.sizes.items(), self.rates().tolist(), strict=True)}, self.budget
+        )
+        return {name: top_mask(score.abs(), counts[name]) for name, score in self.scores.items()}
+
+    def log(self) -> dict[str, float]:
+        searched = sum(self.counts().values())
+        return {
+            "gamma": self.gamma,
+            "hardware_loss": float(self.hardware_loss().detach()),
+            "kept_share": searched / self.budget.total,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"r": self.r.detach(), "gamma": self.gamma, "frozen": self.frozen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.r.copy_(state["r"])
+        self.gamma, self.frozen = state["gamma"], state["frozen"]
+        super().load_state_dict(state)
+
+
+@METHODS.register("harp")
+@dataclass(frozen=True, kw_only=True)
+class Harp(Method):
+    """Learn a kept share for every layer together with the scores (Zhao and Wressnegger, ICLR 2023, eq. 2 to 7).
+
+    L = L_robust + gamma L_hw. gamma grows by ``gamma_step`` each epoch until the target is first met, then rests. Paper:
+    SGD lr 0.1, 20 epochs, ``initial_density`` 0.1 in every layer, gamma_step 0.01. None scales that step so that the
+    penalty summed over all optimizer steps is what it is on CIFAR-10 (391 steps an epoch, 20 epochs): short runs would
+    miss the target otherwise. The rates found are snapped to the exact budget, which the authors' code leaves open.
+    Costs a training step plus one selection a step.
+    """
+
+    gamma_step: Annotated[float, Field(gt=0)] | None = None
+    initial_density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    allocation: str = "uniform"
+
+    def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
+        weights = prunable(model)
+        start = Budget(budget.sizes, max(budget.kept, round(self.initial_density * budget.total)), budget.floor)
+        counts = allocate(self.allocation, weights, start)
+        a_init = {name: counts[name] / size for name, size in budget.sizes.items()}
+        return HarpPruner(model, budget, a_init, self.gamma_step or scaled_gamma_step(context))
+
+
+def scaled_gamma_step(context: Context) -> float:
+    """The paper's 0.01, times the ratio of sum over steps of (epoch + 1) between the paper's run and this one."""
+    paper = PAPER_STEPS * PAPER_EPOCHS * (PAPER_EPOCHS + 1)
+    here = max(1, context.steps_per_epoch) * max(1, context.epochs) * (max(1, context.epochs) + 1)
+    return 0.01 * max(1.0, paper / here)

@@ -1,0 +1,83 @@
+"""HYDRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rprune.models.prunable import prunable
+from rprune.pruning.allocation import allocate
+from rprune.pruning.base import METHODS, Context, Method, Pruner, Scored
+from rprune.pruning.budget import Budget
+from rprune.pruning.masks import Masks, top_mask
+
+
+def scaled_initial_scores(weight: Float[Tensor, "out ..."]) -> Float[Tensor, "out ..."]:
+    """sqrt(6 / fan_in) w / max|w| (HYDRA eq. 4). An all-zero tensor gets all-zero scores."""
+    fan_in = weight[0].numel()
+    largest = weight.detach().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
+    return (6 / fan_in) ** 0.5 * weight.detach() / largest
+
+
+class ScorePruner(Scored):
+    """Scores s of a fixed number of kept weights a layer; the mask m is 1 at the largest |s|."""
+
+    def __init__(self, model: nn.Module, counts: dict[str, int]) -> None:
+        super().__init__(model)
+        self._counts = counts
+        self.scores = {name: scaled_initial_scores(w).requires_grad_() for name, w in self.weights.items()}
+        self.write(self.current_masks())
+
+    def parameters(self) -> Iterable[Tensor]:
+        return [*self.scores.values(), *self._norms]
+
+    def counts(self) -> dict[str, int]:
+        return self._counts
+
+    def current_masks(self) -> Masks:
+        counts = self.counts()
+        return {name: top_mask(score.abs(), counts[name]) for name, score in self.scores.items()}
+
+    def effective(self) -> dict[str, Tensor]:
+        # the mask is piecewise constant: what counts is the straight-through term, whose value is 0
+        return {name: w * straight_through(self.scores[name].abs()) for name, w in self.weights.items()}
+
+    def masks(self) -> Masks:
+        return self.current_masks()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": dict(self.weights), "scores": {n: s.detach() for n, s in self.scores.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name in self.weights:
+                self.weights[name].copy_(state["weights"][name])
+                self.scores[name].copy_(state["scores"][name])
+        self.write(self.current_masks())
+
+
+def straight_through(x: Tensor) -> Tensor:
+    """Value 0, derivative 1: added to a mask it makes dL/dx = dL/dmask (Bengio et al., 2013)."""
+    return x - x.detach()
+
+
+@METHODS.register("hydra")
+@dataclass(frozen=True, kw_only=True)
+class Hydra(Method):
+    """Learn which connections to keep under the robust objective (Sehwag et al., NeurIPS 2020, eq. 3 and 4).
+
+    Importance scores are initialised in proportion to the pretrained weights and trained by the objective through a
+    straight-through top-k mask: dL/ds = dL/dw_eff * w * sign(s) for every entry. Weights and biases rest, batch-norm
+    affine parameters train. Paper: SGD lr 0.1, 20 epochs, the same kept share in each layer. ``allocation``: erk and
+    lamp are the non-uniform variants that HARP compares with. Costs a training step plus one selection a step.
+    """
+
+    allocation: str = "uniform"
+
+    def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:  # noqa: ARG002
+        return ScorePruner(model, allocate(self.allocation, prunable(model), budget))

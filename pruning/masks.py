@@ -1,0 +1,45 @@
+"""Masks: choosing exactly k entries, and holding the rest at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Masks: TypeAlias = dict[str, Tensor]
+"""Tensor name -> bool tensor of the weight's shape; True = kept."""
+
+
+def top_mask(scores: Float[Tensor, "..."], kept: int) -> Bool[Tensor, "..."]:
+    """True at exactly ``kept`` largest entries; among equal entries the first in memory order win, on every device.
+
+    A k-th value and a comparison instead of a sort: numpy's partition on the CPU, topk on the GPU.
+    """
+    flat = scores.detach().reshape(-1)
+    if kept >= flat.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    if kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if flat.device.type == "cpu":
+        threshold = torch.from_numpy(np.partition(flat.numpy(), -kept)[-kept : flat.numel() - kept + 1])
+    else:
+        threshold = flat.topk(kept, sorted=False).values.min()
+    above = flat > threshold
+    ties = flat == threshold
+    mask = above | (ties & (ties.cumsum(0) <= kept - above.sum()))
+    return mask.view(scores.shape)
+
+
+def impose(weights: Mapping[str, Tensor], masks: Masks) -> None:
+    """Set masked-out weights to +0.0 in place (a product would leave negative zeros)."""
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weights[name].masked_fill_(~mask, 0.0)
+
+
+def count(masks: Masks) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())

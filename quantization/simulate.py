@@ -1,0 +1,217 @@
+"""An 8-bit network that computes in torch what ONNX Runtime computes from the exported file.
+
+Between layers travel the integers themselves (0..255), held in floating tensors. Each layer forms its integer
+accumulator exactly and brings it back to 8 bits with the float32 operations of ONNX Runtime's kernels, in their order:
+rint(float32(acc) * float32(sx * sw / sy)) + zero point. Rounding passes gradients straight through, so the same network
+is what attacks differentiate. ``interval`` maps bounds of the integers to bounds of the integers with the same
+operations, which are monotone: bounds computed with it hold for the integers themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float, Int8, Int32
+from torch import Tensor, nn
+
+LEVELS = 255
+EXACT_FLOAT32 = 1 << 24  # every integer below is a float32
+
+
+class _Round(torch.autograd.Function):
+    """Round half to even; the gradient passes through (straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        return grads[0]
+
+
+def rint(x: Tensor) -> Tensor:
+    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+@dataclass(frozen=True)
+class Scale:
+    """real = scale * (integer - zero_point), integer in 0..255. ``scale`` is a float32 value."""
+
+    scale: float
+    zero_point: int
+
+    def quantize(self, real: Tensor) -> Tensor:
+        return (rint(real / self.scale) + self.zero_point).clamp(0, LEVELS)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        return (q - self.zero_point) * self.scale
+
+
+class QInput(nn.Module):
+    """Pixels in [0,1] to integers."""
+
+    def __init__(self, out: Scale) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out.quantize(x)
+
+    def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        # quantised in float32, where the network itself does it
+        return self(lo.float()).to(lo.dtype), self(hi.float()).to(hi.dtype)
+
+
+class QMatmul(nn.Module):
+    """Convolution or linear layer: int8 weights, one scale an output channel; int32 bias at scale sx * sw.
+
+    ``out`` None leaves real-valued logits; ``relu`` clips at the zero point of the output.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        source: nn.Conv2d | nn.Linear,
+        weight: Int8[Tensor, "o ..."],
+        bias: Int32[Tensor, " o"],
+        weight_scale: Float[Tensor, " o"],
+        given: Scale,
+        out: Scale | None,
+        relu: bool,
+    ) -> None:
+        super().__init__()
+        self.given, self.out, self.relu = given, out, relu
+        self.conv: dict[str, Any] | None = None
+        if isinstance(source, nn.Conv2d):
+            names = ("stride", "padding", "dilation", "groups")
+            self.conv = {name: getattr(source, name) for name in names}
+        largest = int((LEVELS * weight.flatten(1).abs().sum(1, dtype=torch.int64) + bias.abs()).max())
+        self.exact_float32 = largest < EXACT_FLOAT32
+        dtype = torch.float32 if self.exact_float32 else torch.float64
+        self.register_buffer("weight", weight.to(dtype))
+        self.register_buffer("bias", bias.to(dtype))
+        self.register_buffer("weight_scale", weight_scale)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self._finish(self._product(q.to(self.weight.dtype) - self.given.zero_point, self.weight, self.bias))
+
+    def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of the output integers, or of the real logits when ``out`` is None."""
+        positive, negative = self.weight.clamp_min(0).double(), self.weight.clamp_max(0).double()
+        lo, hi, bias = lo.double() - self.given.zero_point, hi.double() - self.given.zero_point, self.bias.double()
+        low = self._product(lo, positive, bias) + self._product(hi, negative, None)
+        high = self._product(hi, positive, bias) + self._product(lo, negative, None)
+        return self._finish(low).double(), self._finish(high).double()
+
+    def real_affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias in float64 that map the integers of the input to real logits (linear layers only)."""
+        assert self.conv is None
+        scale = self.weight_scale.double() * self.given.scale
+        weight = self.weight.double() * scale[:, None]
+        return weight, self.bias.double() * scale - weight.sum(1) * self.given.zero_point
+
+    def _product(self, q: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(q, weight, bias) if self.conv is None else F.conv2d(q, weight, bias, **self.conv)
+
+    def _finish(self, accumulator: Tensor) -> Tensor:
+        real_scale = self.weight_scale * torch.tensor(self.given.scale, dtype=torch.float32)
+        shape = (-1,) if self.conv is None else (-1, 1, 1)
+        if self.out is None:
+            return accumulator.float() * real_scale.view(shape)
+        scaled = accumulator.float() * (real_scale / torch.tensor(self.out.scale, dtype=torch.float32)).view(shape)
+        low = self.out.zero_point if self.relu else 0
+        return (rint(scaled) + self.out.zero_point).clamp(low, LEVELS)
+
+
+class QAdd(nn.Module):
+    """Residual sum, rounded once: rint(a * ra + (b * rb + c)) with fused multiply-adds, as in ONNX Runtime's kernel."""
+
+    def __init__(self, a: Scale, b: Scale, out: Scale, relu: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.out, self.relu = a, b, out, relu
+        f32 = torch.float32
+        sa, sb, sy = (torch.tensor(s.scale, dtype=f32) for s in (a, b, out))
+        self.ra, self.rb = float(sa / sy), float(sb / sy)
+        # zero points enter before the single rounding: zy - fma(ra, za, rb * zb), each step rounded to float32
+        shift_b = float(torch.tensor(self.rb * b.zero_point, dtype=f32))
+        shift = torch.tensor(self.ra * a.zero_point + shift_b, dtype=f32)
+        self.offset = float(torch.tensor(float(out.zero_point), dtype=f32) - shift)
+
+    def forward(self, qa: Tensor, qb: Tensor) -> Tensor:
+        inner = (qb.double() * self.rb + self.offset).float()
+        total = (qa.double() * self.ra + inner.double()).float()
+        low = self.out.zero_point if self.relu else 0
+        return rint(total).clamp(low, LEVELS)
+
+    def interval(self, alo: Tensor, ahi: Tensor, blo: Tensor, bhi: Tensor) -> tuple[Tensor, Tensor]:
+        return self(alo, blo).to(alo.dtype), self(ahi, bhi).to(ahi.dtype)
+
+
+class QAvgPool(nn.Module):
+    """Average pooling: integer sum, then one rounding. ``kernel`` None pools the whole image to 1x1."""
+
+    def __init__(self, source: nn.AvgPool2d | None, given: Scale, out: Scale) -> None:
+        super().__init__()
+        self.source, self.given, self.out = source, given, out
+
+    def forward(self, q: Tensor) -> Tensor:
+        centred = q - self.given.zero_point
+        if self.source is None:
+            count, total = q.shape[2] * q.shape[3], centred.sum((2, 3), keepdim=True)
+        else:
+            kernel, stride = self.source.kernel_size, self.source.stride
+            total = F.avg_pool2d(centred, kernel, stride, divisor_override=1)
+            height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+            count = height * width
+        f32 = torch.float32
+        scale = torch.tensor(self.given.scale, dtype=f32) / (count * torch.tensor(self.out.scale, dtype=f32))
+        return (rint(total.float() * scale.to(q.device)) + self.out.zero_point).clamp(0, LEVELS)
+
+    def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        return self(lo).to(lo.dtype), self(hi).to(hi.dtype)
+
+
+class QAffine(nn.Module):
+    """A channel-wise scale and shift, computed in float32 between two quantisers."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor, given: Scale, out: Scale, relu: bool) -> None:
+        super().__init__()
+        self.given, self.out, self.relu = given, out, relu
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, q: Tensor) -> Tensor:
+        real = self.given.dequantize(q.float()) * self.scale + self.shift
+        return self.out.quantize(real.clamp_min(0) if self.relu else real)
+
+    def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self(lo), self(hi)
+        return torch.minimum(a, b).to(lo.dtype), torch.maximum(a, b).to(hi.dtype)
+
+
+class QKeep(nn.Module):
+    """A layer that acts on the integers as they are: max pooling, flattening, a ReLU that follows neither sum nor product."""
+
+    def __init__(self, source: nn.Module, given: Scale) -> None:
+        super().__init__()
+        self.source, self.given = source, given
+
+    def forward(self, q: Tensor) -> Tensor:
+        if isinstance(self.source, nn.ReLU):
+            return q.clamp_min(self.given.zero_point)
+        result: Tensor = self.source(q)
+        return result
+
+    def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        return self(lo), self(hi)

@@ -1,0 +1,223 @@
+"""The integrity report ``rprune.report/1``: what was made, how, and what is claimed of it, with the counts behind it.
+
+Accuracies are fractions with their counts beside them; eps stands as it was written and as a float. An absent optional
+field means that nothing is claimed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from rprune.errors import InputError
+from rprune.evaluation.statistics import clopper_pearson
+from rprune.files import digest_of, read_json
+from rprune.registry import first_problem
+from rprune.threat import ThreatModel
+
+SCHEMA = "rprune.report/1"
+Role = Literal["onnx-int8", "onnx", "weights", "masks", "evidence", "html", "recipe", "policy"]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Subject(Part):
+    """A file of the bundle."""
+
+    name: str
+    role: Role
+    sha256: str
+    bytes: int
+
+
+class Interval(Part):
+    method: Literal["clopper-pearson"] = "clopper-pearson"
+    level: float = 0.95
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, correct: int, n: int, level: float = 0.95) -> Interval:
+        lower, upper = clopper_pearson(correct, n, level)
+        return cls(level=level, lower=lower, upper=upper)
+
+
+class Threat(Part):
+    norm: Literal["linf", "l2"]
+    eps: str  # as the user wrote it
+    eps_float: float
+    space: Literal["[0,1] pixels"] = "[0,1] pixels"
+
+    @classmethod
+    def of(cls, threat: ThreatModel) -> Threat:
+        return cls(norm=threat.norm, eps=threat.text, eps_float=threat.eps)
+
+    def model(self) -> ThreatModel:
+        return ThreatModel(self.norm, self.eps)
+
+
+class Point(Part):
+    """One point of a curve: certified or robust accuracy at another eps or radius."""
+
+    at: float
+    correct: int
+    value: float
+
+
+class Claim(Part):
+    """One machine-checkable statement about one file."""
+
+    id: str
+    artifact: Role
+    sha256: str  # of that file
+    kind: Literal["accuracy", "empirical-upper-bound", "certified-lower-bound", "certified-probabilistic"]
+    metric: Literal["clean_accuracy", "robust_accuracy", "certified_accuracy", "smoothed_certified_accuracy"]
+    correct: int
+    n: int
+    value: float
+    interval: Interval
+    threat: Threat | None = None
+    method: str = ""  # suite or bound, in words
+    settings: dict[str, Any] = {}
+    sound_for: str = ""  # what exactly the number holds for
+    curve: list[Point] = []
+
+
+class Layer(Part):
+    name: str
+    shape: list[int]
+    nonzero: int
+    sparsity: float
+
+
+class Sparsity(Part):
+    definition: str = "zeros / weights of conv and linear layers; biases and norms excluded"
+    target: float | None
+    budget: int | None  # weights that may stay
+    kept: int  # non-zero weights counted in the file
+    total: int
+    overall: float
+    measured_on: Role
+    float_nonzero: int  # the same count in model.onnx
+    int8_zeros_equal_float_zeros: bool | None = None  # weight by weight, not only in number
+    by_layer: list[Layer]
+
+
+class Fidelity(Part):
+    """A file compared with what it was made from."""
+
+    source: str
+    file: str
+    n: int
+    top1_agreement: float
+    max_abs_logit_diff: float
+    bit_equal: bool
+
+
+class LineageEntry(Part):
+    stage: str
+    config: dict[str, Any]
+    parent: str | None  # tensors digest of what went in
+    output: str  # tensors digest of what came out
+    seconds: float
+    metrics: dict[str, Any] = {}
+    history: list[dict[str, float]] = []  # one table an epoch: loss, score, ...
+
+
+class DataUsed(Part):
+    source: str
+    split: Literal["test"] = "test"
+    classes: list[str]
+    samples: int  # in the test split
+    sha256: str  # of the test split: pixels and labels
+    train_sha256: str
+    validation_sha256: str
+    validation_samples: int
+    selection: str = "checkpoints are selected on the validation split, never on the test split"
+
+
+class Evidence(Part):
+    """Files that let others check the claims."""
+
+    samples: str = "evidence/samples.csv"
+    witnesses: str = "evidence/adversarial.safetensors"
+    witness_count: int
+
+
+class Rule(Part):
+    metric: str
+    artifact: str
+    op: str
+    threshold: float
+    bound: Literal["lower", "point"]
+    observed: float | None
+    passed: bool
+    message: str
+
+
+class Gate(Part):
+    policy_sha256: str
+    result: Literal["passed", "failed"]
+    rules: list[Rule]
+
+
+class Report(Part):
+    schema_: Literal["rprune.report/1"] = pydantic.Field(default=SCHEMA, alias="schema")
+    id: str = ""  # sha256 of the canonical JSON without this field
+    created: str
+    name: str
+    tool: dict[str, str]
+    subjects: list[Subject]
+    model: dict[str, Any]  # architecture, labels, counts
+    data: DataUsed
+    threat: Threat
+    recipe: dict[str, Any]  # resolved
+    recipe_sha256: str
+    policy_sha256: str | None
+    lineage: list[LineageEntry]
+    sparsity: Sparsity
+    size: dict[str, int]  # bytes of each form
+    fidelity: list[Fidelity]
+    claims: list[Claim]
+    evidence: Evidence
+    gate: Gate | None = None
+    environment: dict[str, Any]
+    limitations: list[str]
+    assurance: Literal["self_attested"] = "self_attested"
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def computed_id(self) -> str:
+        return digest_of(self.to_json() | {"id": ""})
+
+    def sealed(self) -> Report:
+        """The report with its own digest filled in."""
+        return self.model_copy(update={"id": self.computed_id()})
+
+    def claim(self, metric: str, artifact: str = "onnx-int8") -> Claim | None:
+        """The claim of a metric for a file role, if there is one."""
+        return next((c for c in self.claims if c.metric == metric and c.artifact == artifact), None)
+
+    def subject(self, role: str) -> Subject | None:
+        return next((s for s in self.subjects if s.role == role), None)
+
+
+def read_report(path: Path) -> Report:
+    """The report of a file, or of ``report.json`` in a folder. Raises InputError when it is not one."""
+    path = path / "report.json" if path.is_dir() else path
+    table = read_json(path, "report")
+    schema = table.get("schema") if isinstance(table, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema!r}", f"this version reads {SCHEMA}")
+    try:
+        return Report.model_validate(table)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path} is not a valid report: {first_problem(error)}", "make it again with 'rprune export'") from None

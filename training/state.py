@@ -1,0 +1,26 @@
+"""The state of an unfinished stage, written after every epoch and loadable with weights_only=True."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rprune.errors import InputError
+from rprune.files import atomic
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Raises InputError when the file is damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise InputError(f"cannot resume from {path}: {error}", "delete it, or start over with --no-resume") from None
+    assert isinstance(state, dict)
+    return state
