@@ -41,6 +41,12 @@ class IntegrityError(RpruneError):
     exit_code = 5
 
 
+class Interrupted(RpruneError):
+    """Ctrl-C; what was done is kept."""
+
+    exit_code = 130
+
+
 EXIT_CODES = {
     0: "done; gate passed; verified",
     1: "valid negative result: gate failed, or verify found a false claim",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError, UsageError
+
+KEY_FILE = "key.json"
 
 
 def canonical_json(value: Any) -> str:
@@ -73,10 +76,25 @@ def refuse_overwrite(path: Path, force: bool) -> None:
         raise UsageError(f"{path} exists", "choose another -o, or allow overwriting with --force")
 
 
+def partial_folder(path: Path, key: str, resume: bool = True) -> Path:
+    """The folder beside ``path`` in which unfinished work lives; emptied unless it was left by work with the same key."""
+    partial = path.with_name(f"{path.name}.partial")
+    if not (resume and stored_key(partial) == key):
+        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / KEY_FILE, {"key": key})
+    return partial
+
+
+def stored_key(folder: Path) -> str | None:
+    """The key that a folder's content was made for, if it says."""
+    try:
+        key = json.loads((folder / KEY_FILE).read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return key if isinstance(key, str) else None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-Progress = Callable[[str], None]

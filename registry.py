@@ -63,7 +63,9 @@ class Registry(Generic[T]):
             raise unknown_name(self.kind, name, known)
         found = load_object(name)
         if not (isinstance(found, type) and issubclass(found, self._base()) and dataclasses.is_dataclass(found)):
-            raise InputError(f"{name} is not a {self.kind}", f"it must be a dataclass derived from {self._base().__name__}")
+            raise InputError(
+                f"{name} is not a {self.kind}", f"it must be a dataclass derived from {self._base().__name__}"
+            )
         return found
 
     def name_of(self, value: T) -> str:
@@ -93,7 +95,9 @@ class Registry(Generic[T]):
         try:
             return pydantic.TypeAdapter(cls).validate_python(values)
         except pydantic.ValidationError as error:
-            raise UsageError(f"{self.kind} {name}: {first_problem(error)}", "see 'rprune list' for its options") from None
+            raise UsageError(
+                f"{self.kind} {name}: {first_problem(error)}", "see 'rprune list' for its options"
+            ) from None
 
     def describe(self, value: T) -> dict[str, Any]:
         """The JSON-able specification of an object; ``build(describe(v), ...) == v`` given the same threat model."""

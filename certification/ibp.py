@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, fx, nn
 
@@ -115,7 +115,7 @@ class _Interpreter(fx.Interpreter):
         return centre - radius, centre + radius
 
 
-class _Stopped(Exception):  # noqa: N818  control flow, not an error
+class _Stopped(Exception):
     def __init__(self, value: Any) -> None:
         super().__init__()
         self.value = value

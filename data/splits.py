@@ -113,7 +113,7 @@ class DataSet:
 
 def hold_out(split: Split, fraction: float, names: tuple[str, str]) -> tuple[Split, Split]:
     """Part a split into (rest, held out) by a fixed permutation (MT19937, seed 0, a stream NumPy has frozen)."""
-    order = np.random.RandomState(0).permutation(len(split)).astype(np.int64)  # noqa: NPY002  frozen stream wanted
+    order = np.random.RandomState(0).permutation(len(split)).astype(np.int64)
     cut = max(1, round(len(split) * fraction))
     if len(split) < 2:
         raise InputError(f"the {split.name} split has {len(split)} sample(s)", "give at least 2, one is held out")

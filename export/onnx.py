@@ -35,7 +35,9 @@ def float_model(model: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mod
                 input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: batch},),
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds
-        raise WorkError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}", "simplify its forward") from error
+        raise WorkError(
+            f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}", "simplify its forward"
+        ) from error
     finally:
         logger.setLevel(level)
     proto: onnx.ModelProto = program.model_proto

@@ -88,12 +88,19 @@ class _Writer:
         return self._requantize(self._op("Relu", [value], f"{target}_relu") if relu else value, out, target)
 
     def _requantize(self, value: str, scale: Scale, target: str) -> str:
-        parts = [self._constant(f"{target}.x_scale", scale.scale), self._constant(f"{target}.x_zero_point", np.uint8(scale.zero_point))]
+        parts = [
+            self._constant(f"{target}.x_scale", scale.scale),
+            self._constant(f"{target}.x_zero_point", np.uint8(scale.zero_point)),
+        ]
         quantized = self._op("QuantizeLinear", [value, *parts], f"{target}_q", exact=True)
         return self._op("DequantizeLinear", [quantized, *parts], f"{target}_dq", exact=True)
 
     def _dequantized(self, name: str, values: Any, scale: Any, zero: Any) -> str:
-        parts = [self._constant(name, values), self._constant(f"{name}_scale", scale), self._constant(f"{name}_zero_point", zero)]
+        parts = [
+            self._constant(name, values),
+            self._constant(f"{name}_scale", scale),
+            self._constant(f"{name}_zero_point", zero),
+        ]
         return self._op("DequantizeLinear", {"axis": 0}, parts, f"{name}_dq", exact=True)
 
     def _op(self, kind: str, *rest: Any, exact: bool = False) -> str:

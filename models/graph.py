@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -125,7 +125,9 @@ def _rewrite(network: fx.GraphModule, node: fx.Node) -> None:
 def _adaptive_pool(wanted: Any, shape: tuple[int, ...]) -> nn.Module | None:
     """Adaptive pooling to (h, w) is plain average pooling wherever the sides divide."""
     height, width = shape[2:]
-    goal = (wanted, wanted) if isinstance(wanted, int) else tuple(w or s for w, s in zip(wanted, shape[2:], strict=True))
+    goal = (
+        (wanted, wanted) if isinstance(wanted, int) else tuple(w or s for w, s in zip(wanted, shape[2:], strict=True))
+    )
     if goal == (height, width):
         return nn.Identity()
     if goal == (1, 1):
@@ -197,7 +199,7 @@ def _bypass(network: fx.GraphModule, node: fx.Node) -> None:
 
 def _replace(network: fx.GraphModule, node: fx.Node, module: nn.Module | None) -> None:
     if module is None:
-        return
+        return None
     if isinstance(module, nn.Identity):
         return _bypass(network, node)
     steps = list(module) if isinstance(module, nn.Sequential) else [module]
@@ -264,7 +266,9 @@ def _limit(module: nn.Module) -> str:
         return f"Conv2d with padding {module.padding_mode}/{module.padding}"
     if isinstance(module, nn.MaxPool2d) and (module.dilation != 1 or module.ceil_mode or module.return_indices):
         return "MaxPool2d with dilation, ceil_mode or indices"
-    if isinstance(module, nn.AvgPool2d) and (module.ceil_mode or module.padding not in (0, (0, 0)) or module.divisor_override):
+    if isinstance(module, nn.AvgPool2d) and (
+        module.ceil_mode or module.padding not in (0, (0, 0)) or module.divisor_override
+    ):
         return "AvgPool2d with padding, ceil_mode or divisor"
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
         return "Flatten of other than all dimensions after the batch"

@@ -108,7 +108,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], arch: str) -> None:
     if missing or extra:
         first = f"missing {missing[0]}" if missing else f"unknown {extra[0]}"
         raise InputError(
-            f"the weights do not fit {arch}: {len(missing)} keys missing, {len(extra)} unknown ({first})", "check --arch"
+            f"the weights do not fit {arch}: {len(missing)} keys missing, {len(extra)} unknown ({first})",
+            "check --arch",
         )
     for name, tensor in wanted.items():
         if tensor.shape != state[name].shape:
@@ -138,13 +139,18 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
     elif path.suffix:
         raise UsageError(f"cannot write '{path.suffix}' files", "name a .pt or .safetensors file, or a folder")
     else:
-        save_tensors(path / "model.safetensors", artifact.state)
-        if artifact.masks:
-            save_tensors(path / "masks.safetensors", artifact.masks)
-        if artifact.quantization:
-            save_tensors(path / "quantization.safetensors", artifact.quantization)
-        files = {p.name: file_digest(p) for p in sorted(path.glob("*.safetensors"))}
-        write_json(path / "stage.json", {"metadata": artifact.metadata.model_dump(mode="json"), "files": files})
+        save_folder(artifact, path)
+
+
+def save_folder(artifact: Artifact, path: Path) -> None:
+    """The folder form, whatever the folder is called."""
+    save_tensors(path / "model.safetensors", artifact.state)
+    if artifact.masks:
+        save_tensors(path / "masks.safetensors", artifact.masks)
+    if artifact.quantization:
+        save_tensors(path / "quantization.safetensors", artifact.quantization)
+    files = {p.name: file_digest(p) for p in sorted(path.glob("*.safetensors"))}
+    write_json(path / "stage.json", {"metadata": artifact.metadata.model_dump(mode="json"), "files": files})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -161,7 +167,9 @@ def load_artifact(path: Path) -> Artifact:
     """
     found = load_any(path)
     if not isinstance(found, Artifact):
-        raise InputError(f"{path} holds plain weights without rprune's metadata", "say what they are: --arch and --data")
+        raise InputError(
+            f"{path} holds plain weights without rprune's metadata", "say what they are: --arch and --data"
+        )
     return found
 
 
@@ -173,11 +181,15 @@ def load_any(path: Path) -> Artifact | dict[str, Tensor]:
     if kind == "safetensors":
         return _load_safetensors(path)
     if kind != "checkpoint":
-        raise InputError(f"{path} is {explain(kind)}", "give a state_dict, a file that rprune wrote, or its stage folder")
+        raise InputError(
+            f"{path} is {explain(kind)}", "give a state_dict, a file that rprune wrote, or its stage folder"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and zip errors share no base
-        raise InputError(f"cannot load {path}: {_reason(path, error)}", "save model.state_dict(), not the model") from None
+        raise InputError(
+            f"cannot load {path}: {_reason(path, error)}", "save model.state_dict(), not the model"
+        ) from None
     if isinstance(content, dict) and METADATA_KEY in content:
         metadata = _metadata(content[METADATA_KEY], path)
         return Artifact(metadata, content["state_dict"], content["masks"], content["quantization"])
@@ -192,7 +204,9 @@ def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
                 content = content[key]
                 break
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise InputError(f"{path} holds no state_dict", f"save model.state_dict(), or put it under one of: {', '.join(STATE_KEYS)}")
+        raise InputError(
+            f"{path} holds no state_dict", f"save model.state_dict(), or put it under one of: {', '.join(STATE_KEYS)}"
+        )
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
@@ -205,11 +219,15 @@ def _load_folder(path: Path) -> Artifact:
     for name, digest in record["files"].items():
         file = path / name
         if not file.is_file() or file_digest(file) != digest:
-            raise IntegrityError(f"{file} is not the file that {path / 'stage.json'} lists", "restore it, or run the stage again")
+            raise IntegrityError(
+                f"{file} is not the file that {path / 'stage.json'} lists", "restore it, or run the stage again"
+            )
         tables[name] = load_file(file)
     get = tables.get
     metadata = _metadata(json.dumps(record["metadata"]), path)
-    return Artifact(metadata, tables["model.safetensors"], get("masks.safetensors", {}), get("quantization.safetensors", {}))
+    return Artifact(
+        metadata, tables["model.safetensors"], get("masks.safetensors", {}), get("quantization.safetensors", {})
+    )
 
 
 def _load_safetensors(path: Path) -> Artifact | dict[str, Tensor]:
@@ -233,11 +251,15 @@ def _metadata(text: str, path: Path) -> Metadata:
     try:
         metadata = Metadata.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise InputError(f"{path} has unreadable metadata: {first_problem(error)}", "write it with this version of rprune") from None
+        raise InputError(
+            f"{path} has unreadable metadata: {first_problem(error)}", "write it with this version of rprune"
+        ) from None
     name = metadata.arch.name
     if not is_trusted(name):
         # a file must never be able to name code that then runs
-        raise InputError(f"{path} was made with the architecture {name}, which is not built in", f"say so: --arch {name}")
+        raise InputError(
+            f"{path} was made with the architecture {name}, which is not built in", f"say so: --arch {name}"
+        )
     return metadata
 
 

@@ -71,7 +71,7 @@ class PruneStage(Trained):
 
     kind: Literal["prune"] = "prune"
     method: Spec = "harp"
-    sparsity: float
+    sparsity: Annotated[float, Field(ge=0, lt=1)]  # share of conv and linear weights removed
     floor: Positive = 1
     objective: Spec | None = None  # None: as the model was trained
     epochs: Annotated[int, Field(ge=0)] | None = None
@@ -153,7 +153,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {path} is not TOML: {error}", "see recipes/digits.toml for one") from None
     for override in overrides:
-        _override(table, override)
+        override(table, override)
     recipe = validated(Recipe, table, str(path))
     _check_order(recipe)
     return recipe
@@ -186,7 +186,7 @@ def _siblings(section: type[Any], place: Sequence[str]) -> list[str]:
     return [".".join([*place[:-1], name]) for name in owner.model_fields]
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def override(table: dict[str, Any], override: str) -> None:
     """Set ``a.b=c``; a stage is addressed by its kind: ``stage.prune.sparsity=0.9``. Values are TOML, else text."""
     path, separator, text = override.partition("=")
     if not separator or not path.strip():

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Loader, loader
 from rprune.data.sources import load_data
 from rprune.data.splits import DataSet
@@ -18,7 +19,6 @@ from rprune.errors import InputError, UsageError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
-from rprune.certification.smoothing import Smoothing
 from rprune.models.graph import trace
 from rprune.models.prunable import prunable
 from rprune.models.registry import Architecture, build
@@ -121,6 +121,26 @@ def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, b
     return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, {})
 
 
+def run_stage(
+    bench: Bench,
+    stage: Section,
+    source: Artifact | None,
+    arch: Architecture | None = None,
+    state_file: Path | None = None,
+) -> Artifact:
+    """Run a stage that leaves an artifact; ``arch`` is for training alone, ``source`` for all others."""
+    if isinstance(stage, TrainStage):
+        assert arch is not None
+        return train(bench, arch, stage, state_file)
+    assert source is not None
+    if isinstance(stage, PruneStage):
+        return prune(bench, source, stage, state_file)
+    if isinstance(stage, FinetuneStage):
+        return finetune(bench, source, stage, state_file)
+    assert isinstance(stage, QuantizeStage)
+    return quantize_8bit(bench, source, stage)
+
+
 def train(bench: Bench, arch: Architecture, stage: TrainStage, state_file: Path | None = None) -> Artifact:
     """A dense robust model."""
     started = time.monotonic()
@@ -177,7 +197,9 @@ def quantize_8bit(bench: Bench, source: Artifact, stage: QuantizeStage) -> Artif
     network = trace(source.model(), bench.data.shape)
     batches = [batch.x.cpu() for batch in bench.loader("train").ordered(128, stage.calibration)]
     found = quantize(network, batches)
-    artifact = Artifact(source.metadata.model_copy(update={"stage": "quantize"}), source.state, source.masks, found.tensors())
+    artifact = Artifact(
+        source.metadata.model_copy(update={"stage": "quantize"}), source.state, source.masks, found.tensors()
+    )
     twin = simulated(network, found)
     metrics: dict[str, Any] = {"kept": sum(int(w.count_nonzero()) for w in found.weights.values())}
     metrics["validation"] = _scores(bench, twin, _objective(source.metadata.objective, bench))
@@ -216,7 +238,7 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates
         table = []
         for factor in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16):
             scaled = threat if factor == 1 else threat.scaled(factor)
-            progress = _progress(bench, f"ibp eps {scaled.eps:.4g}")
+            progress = progress_of(bench, f"ibp eps {scaled.eps:.4g}")
             result = certify_ibp(network, test, scaled, limit=stage.limit, on_progress=progress)
             table.append({"eps": scaled.text, "correct": result.correct, "proved": result.proved.int().tolist()})
         found["ibp"] = {"norm": threat.norm, "n": result.clean.n, "levels": table}
@@ -225,7 +247,7 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates
         predict = classes_of(model if twin is None else twin)
         verdicts = certify_smoothing(
             predict, test, len(bench.data.classes), smoothing, seed=bench.seed, limit=stage.smoothing_limit,
-            on_progress=_progress(bench, "smoothing"),
+            on_progress=progress_of(bench, "smoothing"),
         )  # fmt: skip
         rows = [vars(v) | {"label": y} for v, y in zip(verdicts.verdicts, verdicts.labels, strict=True)]
         settings = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
@@ -234,7 +256,8 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates
     return found
 
 
-def _progress(bench: Bench, what: str) -> Callable[[int, int, int], None]:
+def progress_of(bench: Bench, what: str) -> Callable[[int, int, int], None]:
+    """A callback (done, good, total) that reports under a name."""
     return lambda done, good, total: bench.reporter.progress(what, done, good, total)
 
 
@@ -362,7 +385,8 @@ def check_fits(artifact: Artifact, data: DataSet) -> None:
     arch = artifact.metadata.arch
     if arch.num_classes != len(data.classes):
         raise InputError(
-            f"the model has {arch.num_classes} classes, {data.source} has {len(data.classes)}", "give the matching --data"
+            f"the model has {arch.num_classes} classes, {data.source} has {len(data.classes)}",
+            "give the matching --data",
         )
     if arch.input_shape != data.shape:
         raise InputError(

@@ -36,7 +36,7 @@ def magnitude(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
     return global_top({name: weight.detach().abs() for name, weight in weights.items()}, budget)
 
 
-def lamp_scores(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def lamp_scores(weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """w_u^2 over the sum of w_v^2 with |w_v| >= |w_u| in the same layer.
 
     In float64 and summed from the largest down, so that the tail is not a difference of large numbers.

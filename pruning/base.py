@@ -115,7 +115,9 @@ class Scored(Pruner):
         super().__init__(model)
         self._held = prunable(model)
         self.weights = {name: weight.detach().clone() for name, weight in self._held.items()}
-        norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm))
+        norms = (
+            m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
+        )
         self._norms = [p for module in norms for p in module.parameters(recurse=False)]
 
     def counts(self) -> dict[str, int]:

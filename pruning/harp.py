@@ -31,7 +31,7 @@ def initial_r(a_init: float, a_t: float) -> float:
     return math.log(u / (1 - u))
 
 
-def rate(r: Float[Tensor, "..."], a_t: float) -> Float[Tensor, "..."]:
+def rate(r: Float[Tensor, ...], a_t: float) -> Float[Tensor, ...]:
     """Kept share a = a_min + (1 - a_min) sigmoid(r) of a layer (HARP eq. 4)."""
     a_min = ALPHA * a_t
     return a_min + (1 - a_min) * torch.sigmoid(r)
@@ -70,7 +70,9 @@ class HarpPruner(ScorePruner):
 
     def counts(self) -> dict[str, int]:
         shares = rate(self.r.detach().double(), self.budget.density).tolist()
-        return {name: max(n - int((1 - a) * n), 1) for (name, n), a in zip(self.budget.sizes.items(), shares, strict=True)}
+        return {
+            name: max(n - int((1 - a) * n), 1) for (name, n), a in zip(self.budget.sizes.items(), shares, strict=True)
+        }
 
     def effective(self) -> dict[str, Tensor]:
         # broadcasting the rate over the layer makes dL/da the SUM of dL/dw_eff * w, as in the paper's code
@@ -93,7 +95,8 @@ class HarpPruner(ScorePruner):
     def masks(self) -> Masks:
         """The learned rates snapped to the exact budget by largest remainder."""
         counts = apportion(
-            {n: a * size for (n, size), a in zip(self.budget.sizes.items(), self.rates().tolist(), strict=True)}, self.budget
+            {n: a * size for (n, size), a in zip(self.budget.sizes.items(), self.rates().tolist(), strict=True)},
+            self.budget,
         )
         return {name: top_mask(score.abs(), counts[name]) for name, score in self.scores.items()}
 

@@ -14,7 +14,7 @@ Masks: TypeAlias = dict[str, Tensor]
 """Tensor name -> bool tensor of the weight's shape; True = kept."""
 
 
-def top_mask(scores: Float[Tensor, "..."], kept: int) -> Bool[Tensor, "..."]:
+def top_mask(scores: Float[Tensor, ...], kept: int) -> Bool[Tensor, ...]:
     """True at exactly ``kept`` largest entries; among equal entries the first in memory order win, on every device.
 
     A k-th value and a comparison instead of a sort: numpy's partition on the CPU, topk on the GPU.

@@ -152,7 +152,9 @@ def _quantized(plan: _Plan, node: fx.Node, quantization: Quantization) -> nn.Mod
     if plan.keeps(node):
         return QKeep(module, given)
     if out is None:
-        raise WorkError(f"the last layer is {type(module).__name__}", "quantization needs a linear or conv layer at the end")
+        raise WorkError(
+            f"the last layer is {type(module).__name__}", "quantization needs a linear or conv layer at the end"
+        )
     if isinstance(module, Add):
         return QAdd(given, scales[plan.source(node, 1).name], out, relu)
     if isinstance(module, Affine):
@@ -188,7 +190,9 @@ def _observe(network: fx.GraphModule, calibration: Iterable[Tensor]) -> dict[str
             observer.run(batch.cpu())
     for name, (low, high) in observer.ranges.items():
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise WorkError(f"activation {name} is not finite on the calibration data", "the model has diverged; retrain it")
+            raise WorkError(
+                f"activation {name} is not finite on the calibration data", "the model has diverged; retrain it"
+            )
     return observer.ranges
 
 
@@ -214,5 +218,7 @@ def _integer_weights(module: nn.Conv2d | nn.Linear, given: float) -> tuple[Tenso
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     shape = (-1, *(1,) * (weight.dim() - 1))
     steps = weight / scale.view(shape)
-    integers = torch.where(steps.abs() < 1, steps.sign(), steps.round()).clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS).to(torch.int8)
+    integers = (
+        torch.where(steps.abs() < 1, steps.sign(), steps.round()).clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS).to(torch.int8)
+    )
     return integers, (bias.double() / (scale.double() * given)).round().to(torch.int32), scale

@@ -62,7 +62,9 @@ def policy_of(table: dict[str, Any], origin: str) -> Policy:
     try:
         policy = Policy.model_validate(table)
     except pydantic.ValidationError as error:
-        raise UsageError(f"policy {origin}: {first_problem(error)}", "keys: metric, artifact, op, value, bound") from None
+        raise UsageError(
+            f"policy {origin}: {first_problem(error)}", "keys: metric, artifact, op, value, bound"
+        ) from None
     for rule in policy.gate:
         if rule.metric not in CLAIMED + MEASURED:
             raise unknown_name("metric", rule.metric, CLAIMED + MEASURED)

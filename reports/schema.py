@@ -97,8 +97,8 @@ class Layer(Part):
 
 class Sparsity(Part):
     definition: str = "zeros / weights of conv and linear layers; biases and norms excluded"
-    target: float | None
-    budget: int | None  # weights that may stay
+    target: float | None = None
+    budget: int | None = None  # weights that may stay
     kept: int  # non-zero weights counted in the file
     total: int
     overall: float
@@ -122,7 +122,7 @@ class Fidelity(Part):
 class LineageEntry(Part):
     stage: str
     config: dict[str, Any]
-    parent: str | None  # tensors digest of what went in
+    parent: str | None = None  # tensors digest of what went in
     output: str  # tensors digest of what came out
     seconds: float
     metrics: dict[str, Any] = {}
@@ -155,7 +155,7 @@ class Rule(Part):
     op: str
     threshold: float
     bound: Literal["lower", "point"]
-    observed: float | None
+    observed: float | None = None
     passed: bool
     message: str
 
@@ -178,7 +178,7 @@ class Report(Part):
     threat: Threat
     recipe: dict[str, Any]  # resolved
     recipe_sha256: str
-    policy_sha256: str | None
+    policy_sha256: str | None = None
     lineage: list[LineageEntry]
     sparsity: Sparsity
     size: dict[str, int]  # bytes of each form
@@ -220,4 +220,6 @@ def read_report(path: Path) -> Report:
     try:
         return Report.model_validate(table)
     except pydantic.ValidationError as error:
-        raise InputError(f"{path} is not a valid report: {first_problem(error)}", "make it again with 'rprune export'") from None
+        raise InputError(
+            f"{path} is not a valid report: {first_problem(error)}", "make it again with 'rprune export'"
+        ) from None

@@ -1,0 +1,111 @@
+"""The command line. Every command is one file; torch is imported inside commands that need it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from rprune import __version__
+from rprune.cli.certify import certify
+from rprune.cli.console import print_error, stdout
+from rprune.cli.evaluate import evaluate
+from rprune.cli.export import export
+from rprune.cli.finetune import finetune
+from rprune.cli.gate import gate
+from rprune.cli.inspect import inspect
+from rprune.cli.listing import list_
+from rprune.cli.prune import prune
+from rprune.cli.quantize import quantize
+from rprune.cli.report import report
+from rprune.cli.run import run
+from rprune.cli.schema import schema
+from rprune.cli.train import train
+from rprune.cli.verify import verify
+from rprune.errors import EXIT_CODES, Interrupted, RpruneError
+
+app = typer.Typer(
+    name="rprune",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compress image classifiers without losing robustness, and prove it.",
+    epilog=f"Exit codes: {'; '.join(f'{code} {text}' for code, text in EXIT_CODES.items())}.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        stdout.print(f"rprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Ctrl-C ends with exit code 130 and says that nothing is lost."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted", "finished epochs are kept; the same command continues") from None
+
+    return wrapper
+
+
+PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Pipeline": {
+        "run": run, "train": train, "prune": prune, "finetune": finetune, "quantize": quantize,
+        "certify": certify, "export": export,
+    },
+    "Measure": {"evaluate": evaluate},
+    "Trust": {"verify": verify, "gate": gate, "report": report},
+    "Help": {"inspect": inspect, "list": list_, "schema": schema},
+}  # fmt: skip
+for _panel, _commands in PANELS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_interruptible(_command))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs a command and exits with a documented code."""
+    try:
+        app(None if arguments is None else list(arguments))
+    except RpruneError as error:
+        print_error(error)
+        if os.environ.get("RPRUNE_DEBUG"):
+            traceback.print_exc()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # the reader of stdout is gone (a pager, head); there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if _out_of_memory(error):
+            print_error(RpruneError("out of memory", "use a smaller --batch-size"))
+            sys.exit(4)
+        print_error(
+            RpruneError(
+                f"internal error: {type(error).__name__}: {error}", "RPRUNE_DEBUG=1 shows where; please report it"
+            )
+        )
+        if os.environ.get("RPRUNE_DEBUG"):
+            traceback.print_exc()
+        sys.exit(RpruneError.exit_code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,0 +1,169 @@
+"""Output of the command line: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rprune.errors import RpruneError
+
+if TYPE_CHECKING:
+    from rprune.pipeline.artifact import Artifact
+    from rprune.reports.schema import Gate, Report
+    from rprune.training.loop import EpochLog
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+LINE_EVERY = 30.0  # seconds between progress lines when stderr is not a terminal
+SHOWN = ("loss", "kept_share", "gamma", "validation_accuracy", "validation_robust")
+
+
+def note(text: str) -> None:
+    """A remark for people."""
+    stderr.print(Text(text))
+
+
+def print_json(value: Any) -> None:
+    """The one JSON document of a command."""
+    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def print_error(error: RpruneError) -> None:
+    stderr.print(Text.assemble(("error: ", "bold red"), error.message))
+    if error.hint:
+        stderr.print(Text.assemble(("hint: ", "cyan"), error.hint))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    # a table is cut at the console's width; piped output must not lose columns
+    width = stdout.width if stdout.is_terminal else max(stdout.width, 200)
+    stdout.print(table, width=width)
+
+
+class ProgressLines:
+    """Progress of stages: a bar on a terminal, plain lines elsewhere (each end, and one every 30 seconds)."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._live = stderr.is_terminal and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+        self._started: dict[str, float] = {}
+        self._last = 0.0
+        self._bar: Progress | None = None
+
+    def epoch(self, stage: str, log: EpochLog) -> None:
+        values = "  ".join(f"{name} {log.values[name]:.4g}" for name in SHOWN if name in log.values)
+        self._show(stage, log.epoch, log.epochs, values)
+
+    def progress(self, what: str, done: int, good: int, total: int) -> None:
+        self._show(what, done, total, f"holds {good}")
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, whatever happened."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, what: str, done: int, total: int, values: str) -> None:
+        if self.quiet:
+            return
+        if self._live:
+            self._draw(what, done, total, values)
+            return
+        now = time.monotonic()
+        started = self._started.setdefault(what, now)
+        if done == total or now - self._last >= LINE_EVERY:
+            self._last = now
+            left = "" if done == total else f" < {(now - started) / max(done, 1) * (total - done):.0f}s"
+            stderr.print(Text(f"{what}  {done}/{total}  {values}  {now - started:.0f}s{left}"))
+        if done == total:
+            del self._started[what]
+
+    def _draw(self, what: str, done: int, total: int, values: str) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+                TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), console=stderr,
+            )  # fmt: skip
+            self._bar.start()
+            self._bar.add_task(what, total=total, values=values)
+        self._bar.update(self._bar.task_ids[0], completed=done, values=values)
+        if done == total:
+            self.close()
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def print_artifact(artifact: Artifact, where: str) -> None:
+    """What a stage changed."""
+    lineage = artifact.metadata.lineage
+    after = lineage[-1].metrics
+    before = next((entry.metrics for entry in reversed(lineage[:-1]) if "validation" in entry.metrics), {})
+    rows = []
+    for name, label in (("validation_accuracy", "clean accuracy"), ("validation_robust", "robust accuracy")):
+        old, new = before.get("validation", {}).get(name), after.get("validation", {}).get(name)
+        if new is not None:
+            rows.append([f"{label} (validation)", percent(old), percent(new)])
+    if "kept" in after:
+        total = after.get("total")
+        rows.append(["weights kept", f"{total:,}" if total else "", f"{after['kept']:,}"])
+    print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
+
+
+def print_report(report: Report, where: str) -> None:
+    rows = [
+        [
+            claim.metric,
+            claim.artifact,
+            percent(claim.value),
+            f"[{100 * claim.interval.lower:.1f}, {100 * claim.interval.upper:.1f}]",
+            f"{claim.correct}/{claim.n}",
+            f"{claim.threat.norm} {claim.threat.eps}" if claim.threat else "",
+            claim.method,
+        ]
+        for claim in report.claims
+    ]
+    columns = ["claim", "file", "value", "95 % interval", "count", "threat", "method"]
+    print_table(
+        f"{report.name}: sparsity {report.sparsity.overall:.4f}, {report.sparsity.kept:,} weights kept", columns, rows
+    )
+    if report.gate is not None:
+        print_gate(report.gate)
+    stdout.print(Text(f"report  {where}/report.json\n        {where}/report.html"))
+    for subject in report.subjects:
+        if subject.role in ("onnx", "onnx-int8"):
+            stdout.print(Text(f"model   {where}/{subject.name}  {subject.bytes:,} bytes  sha256 {subject.sha256[:12]}"))
+
+
+def print_gate(gate: Gate) -> None:
+    for rule in gate.rules:
+        mark = Text("✓", "green") if rule.passed else Text("✗", "bold red")
+        stdout.print(Text.assemble(mark, f" {rule.metric:<28} {rule.message}  ({rule.artifact})"))
+    failed = sum(not rule.passed for rule in gate.rules)
+    words = (
+        ("GATE PASSED", "bold green")
+        if not failed
+        else (f"GATE FAILED  {failed} of {len(gate.rules)} rules", "bold red")
+    )
+    stdout.print(Text.assemble(words))

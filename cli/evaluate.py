@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rprune.cli import options as o
+from rprune.cli.console import ProgressLines, percent, print_json, print_table
+
+
+def evaluate(
+    model: o.Model,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Also robust accuracy under: fgsm, pgd10, pgd20, pgd50x5, pgd50x10.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="test or validation.")] = "test",
+    limit: o.Limit = None,
+    eps: o.Eps = None,
+    norm: o.Norm = None,
+    data: o.Data = None,
+    arch: o.Arch = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    download: o.Download = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Clean and robust accuracy of a model file, of its float and its 8-bit form."""
+    from rprune.errors import unknown_name
+    from rprune.evaluation.statistics import clopper_pearson
+    from rprune.pipeline.single import Request, measure, open_model
+
+    if split not in ("test", "validation"):
+        raise unknown_name("split", split, ["test", "validation"])
+    with ProgressLines(quiet or as_json) as reporter:
+        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        bench, artifact = open_model(model, request, reporter)
+        found = measure(bench, artifact, split, suite, limit)
+    if as_json:
+        print_json({"model": str(model), "split": split, "threat": str(bench.threat), "results": found})
+        return
+    rows = []
+    for row in found:
+        low, high = clopper_pearson(row["correct"], row["n"])
+        interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
+        rows.append(
+            [row["metric"], row["form"], percent(row["correct"] / row["n"]), interval, f"{row['correct']}/{row['n']}"]
+        )
+    print_table(
+        f"{model} on {bench.data.source}/{split}, {bench.threat}", ["", "form", "value", "95 % interval", "count"], rows
+    )

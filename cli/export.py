@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rprune.cli import options as o
+from rprune.cli.console import ProgressLines, note, print_json, print_report
+
+
+def export(
+    model: o.Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Attacks for robust accuracy: fgsm, pgd10, pgd20, pgd50x5, pgd50x10.")
+    ] = None,
+    limit: o.Limit = None,
+    certificates: Annotated[
+        Path | None, typer.Option("--certificates", help="From 'certify'; default: beside the model, if there.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="Gate to judge the report by.")] = None,
+    eps: o.Eps = None,
+    norm: o.Norm = None,
+    data: o.Data = None,
+    arch: o.Arch = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    download: o.Download = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write safetensors and ONNX files, check each against its source, attack them, and report."""
+    from rprune.files import refuse_overwrite
+    from rprune.pipeline.bundle import Source
+    from rprune.pipeline.bundle import export as run_export
+    from rprune.pipeline.recipe import ExportStage, validated
+    from rprune.pipeline.single import Request, certificates_beside, open_model, read_certificates
+    from rprune.reports.gate import read_policy
+
+    stage = validated(ExportStage, o.given(suite=suite, limit=limit), "options")
+    bar = None if policy is None else read_policy(policy)
+    with ProgressLines(quiet or as_json) as reporter:
+        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        bench, artifact = open_model(model, request, reporter)
+        refuse_overwrite(output, force)
+        beside = certificates_beside(model)
+        place = certificates or (beside if beside.exists() else None)
+        proofs = None if place is None else read_certificates(place, artifact)
+        partial = output.with_name(f"{output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        recipe = {"command": "export", "model": model.name, "stage": stage.model_dump(mode="json"), "seed": seed}
+        report = run_export(bench, artifact, stage, partial, Source(model.stem, recipe, bar), proofs)
+        shutil.rmtree(output, ignore_errors=True)
+        partial.replace(output)
+    if as_json:
+        print_json(report.to_json())
+        return
+    print_report(report, str(output))
+    if not quiet:
+        note(f"Next: rprune verify {output}")

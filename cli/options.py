@@ -1,0 +1,71 @@
+"""Options that commands share: one spelling for one thing everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rprune.errors import UsageError
+
+Model = Annotated[
+    Path,
+    typer.Argument(help="A file or stage folder that rprune wrote, or a state_dict (then with --arch and --data)."),
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "-d",
+        "--data",
+        help="digits, npz:FILE, imagefolder:DIR, cifar10, ...; default: the data the model was made with.",
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch", "--model", help="Architecture: built in, torchvision:NAME, pkg.module:factory or file.py:factory."
+    ),
+]
+Eps = Annotated[str | None, typer.Option("--eps", help="Radius of the threat in [0,1] pixel units, e.g. 8/255.")]
+Norm = Annotated[str | None, typer.Option("--norm", help="linf or l2.")]
+Objective = Annotated[str | None, typer.Option("--objective", help="benign, pgd-at, trades, or file.py:Class.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step.")]
+Seed = Annotated[int, typer.Option("--seed", help="Everything random follows from it.", envvar="RPRUNE_SEED")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", envvar="RPRUNE_DEVICE")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other option of the stage, as KEY=VALUE; repeatable.")
+]
+Limit = Annotated[int | None, typer.Option("-n", "--limit", help="Only the first N test samples.", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run of the same command.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes.")]
+Download = Annotated[bool, typer.Option("--download", help="Allow the network, to fetch a data set.")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def with_settings(table: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """A stage table with ``--set KEY=VALUE`` applied; ``method.gamma_step=0.2`` reaches into a specification."""
+    from rprune.pipeline.recipe import override
+
+    for setting in settings or []:
+        override(table, setting)
+    return table
+
+
+def default_output(model: Path, suffix: str) -> Path:
+    """A name beside the model: model.pt -> model-suffix.pt; a folder gives folder-suffix.pt."""
+    stem = model.stem if model.suffix in (".pt", ".pth", ".safetensors") else model.name
+    kind = ".safetensors" if model.suffix == ".safetensors" else ".pt"
+    if not stem:
+        raise UsageError(f"cannot name the output of {model}", "say where to write: -o FILE")
+    return model.with_name(f"{stem}-{suffix}{kind}")

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rprune.cli import options as o
+from rprune.cli.console import ProgressLines
+
+
+def prune(
+    model: o.Model,
+    sparsity: Annotated[
+        float, typer.Option("-s", "--sparsity", help="Share of conv and linear weights to remove, 0 to 1.")
+    ],
+    method: Annotated[str, typer.Option("-m", "--method", help="lwm, hydra, harp, or file.py:Class.")] = "harp",
+    output: o.Output = None,
+    data: o.Data = None,
+    arch: o.Arch = None,
+    objective: o.Objective = None,
+    epochs: o.Epochs = None,
+    lr: o.LearningRate = None,
+    batch_size: o.BatchSize = None,
+    eps: o.Eps = None,
+    norm: o.Norm = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    settings: o.Set = None,
+    download: o.Download = False,
+    force: o.Force = False,
+    resume: o.Resume = True,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Remove weights, to exactly the budget (lwm, hydra, harp, plug-ins)."""
+    from rprune.cli.work import work
+    from rprune.pipeline.recipe import PruneStage, validated
+    from rprune.pipeline.single import Request, open_model
+
+    table = o.given(method=method, sparsity=sparsity, objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
+    stage = validated(PruneStage, o.with_settings(table, settings), "options")
+    output = output or o.default_output(model, f"{method.rpartition(':')[2]}-{sparsity:g}")
+    with ProgressLines(quiet or as_json) as reporter:
+        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        bench, source = open_model(model, request, reporter)
+        work(
+            bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,
+            as_json=as_json, next_step=f"rprune finetune {output}",
+        )  # fmt: skip

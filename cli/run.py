@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rprune.cli import options as o
+from rprune.cli.console import ProgressLines, note, print_artifact, print_json, print_report, print_table
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    output: o.Output = None,
+    settings: o.Set = None,
+    device: o.Device = "auto",
+    dry_run: o.DryRun = False,
+    gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Run a recipe end to end; what is done already is reused, what was interrupted continues."""
+    from rprune.pipeline.recipe import read_recipe
+    from rprune.pipeline.run import Outcome, Runner
+
+    content = read_recipe(recipe, settings or [])
+    out = output or Path("runs") / content.name
+    with ProgressLines(quiet or as_json) as reporter:
+        runner = Runner(content, recipe.parent, out, reporter, device)
+        plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
+        if dry_run:
+            if as_json:
+                print_json({"recipe": content.model_dump(mode="json"), "plan": plan})
+            else:
+                print_table(
+                    f"{content.name}: {runner.bench.threat}, {runner.bench.device}", ["stage", "folder", ""], plan
+                )
+            return
+
+        def announce(outcome: Outcome) -> None:
+            if not (quiet or as_json):
+                note(f"{'reused' if outcome.reused else 'done'}   {outcome.kind} -> {outcome.folder}")
+                if outcome.artifact is not None:
+                    print_artifact(outcome.artifact, str(outcome.folder))
+
+        outcomes = runner.run(announce)
+    report = next((outcome.report for outcome in outcomes if outcome.report is not None), None)
+    passed = report is None or report.gate is None or report.gate.result == "passed"
+    if as_json:
+        stages: list[dict[str, Any]] = [{"kind": x.kind, "folder": str(x.folder), "reused": x.reused} for x in outcomes]
+        print_json({"stages": stages, "report": None if report is None else report.to_json(), "gate_passed": passed})
+    elif report is not None:
+        print_report(report, str(outcomes[-1].folder))
+        if not quiet:
+            note(f"Next: rprune verify {outcomes[-1].folder}")
+    if gate and not passed:
+        raise typer.Exit(1)

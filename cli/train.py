@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rprune.cli import options as o
+from rprune.cli.console import ProgressLines
+
+
+def train(
+    data: o.Data = None,
+    arch: o.Arch = "cnn-small",
+    output: Annotated[Path, typer.Option("-o", "--output", help="File or folder to write.")] = Path("model.pt"),
+    objective: o.Objective = None,
+    epochs: o.Epochs = None,
+    lr: o.LearningRate = None,
+    batch_size: o.BatchSize = None,
+    eps: o.Eps = None,
+    norm: o.Norm = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    settings: o.Set = None,
+    download: o.Download = False,
+    force: o.Force = False,
+    resume: o.Resume = True,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a robust model (benign, PGD-AT, TRADES)."""
+    from rprune.cli.work import work
+    from rprune.pipeline.recipe import ModelSection, TrainStage, validated
+    from rprune.pipeline.single import Request, open_data
+    from rprune.pipeline.stages import architecture
+
+    table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
+    stage = validated(TrainStage, o.with_settings(table, settings), "options")
+    with ProgressLines(quiet or as_json) as reporter:
+        request = Request(data=data, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        bench = open_data(request, reporter)
+        found = architecture(ModelSection(arch=arch or "cnn-small"), bench.data)
+        work(
+            bench, stage, None, output, reporter, arch=found, force=force, resume=resume, dry_run=dry_run,
+            as_json=as_json, next_step=f"rprune prune {output} --sparsity 0.99 --method harp",
+        )  # fmt: skip

@@ -1,0 +1,61 @@
+"""What train, prune, finetune and quantize share: plan, work, result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from rprune.cli.console import ProgressLines, note, print_artifact, print_json, stdout
+
+if TYPE_CHECKING:
+    from rprune.models.registry import Architecture
+    from rprune.pipeline.artifact import Artifact
+    from rprune.pipeline.recipe import Section
+    from rprune.pipeline.stages import Bench
+
+
+def work(
+    bench: Bench,
+    stage: Section,
+    source: Artifact | None,
+    output: Path,
+    reporter: ProgressLines,
+    *,
+    arch: Architecture | None = None,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    next_step: str,
+) -> None:
+    """Run one stage and show what it changed."""
+    from rprune.pipeline.single import run_single
+
+    plan = stage.model_dump(mode="json") | {
+        "data": bench.data.source,
+        "threat": str(bench.threat),
+        "seed": bench.seed,
+        "device": str(bench.device),
+        "output": str(output),
+    }
+    if not reporter.quiet and not as_json:
+        note("Plan   " + "  ".join(f"{key} {_short(value)}" for key, value in plan.items() if value is not None))
+    made = run_single(bench, stage, source, output, arch=arch, force=force, resume=resume, dry_run=dry_run)
+    if made is None:
+        if as_json:
+            print_json({"plan": plan})
+        return
+    if as_json:
+        entry = made.metadata.lineage[-1].model_dump(mode="json")
+        print_json({"output": str(output), "stage": entry, "threat": str(bench.threat), "digest": made.digest})
+        return
+    print_artifact(made, str(output))
+    stdout.print(Text(f"sha256 of the tensors  {made.digest}"))
+    if not reporter.quiet:
+        note(f"Next: {next_step}")
+
+
+def _short(value: Any) -> str:
+    return str(value.get("name", value)) if isinstance(value, dict) else str(value)

@@ -1,0 +1,208 @@
+"""A whole recipe: stages with artifacts between them, each reused when nothing that it depends on has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rprune.errors import InputError
+from rprune.files import digest_of, partial_folder, stored_key, write_json, write_text
+from rprune.objectives.base import OBJECTIVES
+from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
+from rprune.pipeline.bundle import Source, export
+from rprune.pipeline.environment import source_digest
+from rprune.pipeline.recipe import (
+    CertifyStage,
+    ExportStage,
+    FinetuneStage,
+    PruneStage,
+    Recipe,
+    Stage,
+    TrainStage,
+)
+from rprune.pipeline.stages import (
+    Bench,
+    Certificates,
+    Reporter,
+    adopt,
+    architecture,
+    certify,
+    check_fits,
+    run_stage,
+)
+from rprune.pruning.base import METHODS
+from rprune.reports.gate import Policy, read_policy
+from rprune.reports.schema import Report, read_report
+from rprune.training.schedules import schedule
+
+STATE = "resume.pt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One stage of a run: where it lies, and whether it was there already."""
+
+    kind: str
+    folder: Path
+    reused: bool
+    artifact: Artifact | None = None
+    certificates: Certificates | None = None
+    report: Report | None = None
+
+
+class Runner:
+    """Runs the stages of one recipe into ``out``; interrupted at any moment, the same call continues."""
+
+    def __init__(self, recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "auto") -> None:
+        """``folder``: where the recipe lies; its policy is looked for there. Nothing is written yet.
+
+        Raises:
+            UsageError, InputError: anything wrong with the recipe, its names, its policy or its data.
+        """
+        self.recipe, self.out = recipe, out
+        self.policy: Policy | None = None if recipe.policy is None else read_policy(folder / recipe.policy)
+        threat = None if recipe.threat is None else recipe.threat.model()
+        self.bench = Bench.open(recipe.data, threat, recipe.seed, device, reporter)
+        self.arch = architecture(recipe.model, self.bench.data)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Find every misspelt name before hours are spent."""
+        for stage in self.recipe.stage:
+            if isinstance(stage, TrainStage | PruneStage | FinetuneStage):
+                schedule(stage.schedule)
+                if stage.objective is not None:
+                    OBJECTIVES.build(stage.objective, threat=self.bench.threat)
+            if isinstance(stage, PruneStage):
+                METHODS.build(stage.method)
+
+    def plan(self) -> list[tuple[str, Path, bool]]:
+        """(kind, folder, already done) of each stage, as far as that is known without running the ones before."""
+        rows, parent = [], self._start_key()
+        for number, stage in enumerate(self.recipe.stage, 1):
+            folder = self._folder(number, stage)
+            key = self._key(stage, parent)
+            rows.append((stage.kind, folder, stored_key(folder) == key))
+            parent = key
+        return rows
+
+    def run(self, announce: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+        """Run what is not done. Returns the outcome of every stage."""
+        self._lock()
+        outcomes: list[Outcome] = []
+        artifact = self._start()
+        certificates: Certificates | None = None
+        parent = self._start_key()
+        for number, stage in enumerate(self.recipe.stage, 1):
+            folder, key = self._folder(number, stage), self._key(stage, parent)
+            reused = stored_key(folder) == key
+            if not reused:
+                self._make(stage, folder, key, artifact, certificates)
+            outcome = self._read(stage, folder, reused)
+            artifact = outcome.artifact or artifact
+            certificates = outcome.certificates or certificates
+            outcomes.append(outcome)
+            announce(outcome)
+            parent = key
+        return outcomes
+
+    def _start(self) -> Artifact | None:
+        if self.recipe.checkpoint is None:
+            return None
+        path = Path(self.recipe.checkpoint)
+        found = load_any(path)
+        artifact = found if isinstance(found, Artifact) else adopt(found, self.arch, "pgd-at", self.bench, path)
+        check_fits(artifact, self.bench.data)
+        return artifact
+
+    def _start_key(self) -> str:
+        start = self._start()
+        return "" if start is None else start.digest
+
+    def _folder(self, number: int, stage: Stage) -> Path:
+        return self.out / ("export" if stage.kind == "export" else f"{number:02d}-{stage.kind}")
+
+    def _key(self, stage: Stage, parent: str) -> str:
+        """What a stage's result depends on. The parent's key stands for all that came before."""
+        bench = self.bench
+        return digest_of(
+            {
+                "stage": stage.model_dump(mode="json"),
+                "parent": parent,
+                "data": bench.record().model_dump(mode="json"),
+                "architecture": self.arch.to_dict(),
+                "threat": [bench.threat.norm, bench.threat.text],
+                "seed": bench.seed,
+                "device": bench.device.type,
+                "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,
+                "name": self.recipe.name if stage.kind == "export" else None,
+                "code": source_digest(),
+            }
+        )
+
+    def _make(
+        self, stage: Stage, folder: Path, key: str, artifact: Artifact | None, certificates: Certificates | None
+    ) -> None:
+        """Run a stage beside its final place and move it there when it is whole."""
+        partial = partial_folder(folder, key)
+        self._work(stage, partial, artifact, certificates)
+        (partial / STATE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        _sync(folder.parent)
+
+    def _work(self, stage: Stage, partial: Path, artifact: Artifact | None, certificates: Certificates | None) -> None:
+        if isinstance(stage, CertifyStage):
+            assert artifact is not None
+            write_json(partial / "certificates.json", certify(self.bench, artifact, stage))
+            return
+        if isinstance(stage, ExportStage):
+            assert artifact is not None
+            source = Source(self.recipe.name, self.recipe.model_dump(mode="json"), self.policy)
+            export(self.bench, artifact, stage, partial, source, certificates)
+            return
+        made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE)
+        save_folder(made, partial)
+        history = made.metadata.lineage[-1].history
+        if history:
+            write_text(partial / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+    def _read(self, stage: Stage, folder: Path, reused: bool) -> Outcome:
+        if isinstance(stage, CertifyStage):
+            certificates = json.loads((folder / "certificates.json").read_text(encoding="utf-8"))
+            return Outcome(stage.kind, folder, reused, certificates=certificates)
+        if isinstance(stage, ExportStage):
+            return Outcome(stage.kind, folder, reused, report=read_report(folder))
+        return Outcome(stage.kind, folder, reused, artifact=load_artifact(folder))
+
+    def _lock(self) -> None:
+        """Write down recipe and policy before the first stage; an equal lock keeps its time."""
+        content: dict[str, Any] = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "policy": None if self.policy is None else self.policy.model_dump(mode="json"),
+            "policy_sha256": None if self.policy is None else self.policy.sha256,
+            "data": self.bench.record().model_dump(mode="json"),
+        }
+        path = self.out / "recipe.lock.json"
+        if path.exists():
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise InputError(f"{path} is damaged", "delete it, or choose another -o") from None
+            if {key: old.get(key) for key in content} == content:
+                return
+        write_json(path, content | {"locked_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")})
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,158 @@
+"""One stage on one model file: what a single command runs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rprune.attacks.suites import suite
+from rprune.data.loaders import loader
+from rprune.errors import InputError, UsageError
+from rprune.evaluation.accuracy import classes_of
+from rprune.evaluation.robustness import robustness
+from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite
+from rprune.models.registry import Architecture
+from rprune.objectives.base import OBJECTIVES
+from rprune.pipeline.artifact import Artifact, load_any, save_artifact
+from rprune.pipeline.environment import source_digest
+from rprune.pipeline.recipe import DataSection, ModelSection, PruneStage, Section
+from rprune.pipeline.stages import Bench, Reporter, adopt, architecture, check_fits, networks, progress_of, run_stage
+from rprune.pruning.base import METHODS
+from rprune.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user said about model, data and threat; None means: as the model's file says."""
+
+    data: str | None = None
+    arch: str | None = None
+    norm: str | None = None
+    eps: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    download: bool = False
+
+
+def open_data(request: Request, reporter: Reporter, recorded: Artifact | None = None) -> Bench:
+    """The data, threat and device of a request. Raises UsageError when no data is named anywhere."""
+    if recorded is None:
+        if request.data is None:
+            raise UsageError("no data is named", "say which: --data digits")
+        section, threat = DataSection(source=request.data, download=request.download), None
+    else:
+        record, threat = recorded.metadata.data, recorded.metadata.threat
+        changed = request.data is not None and request.data != record.source
+        section = DataSection(
+            source=request.data or record.source,
+            validation=record.validation,
+            augment=None if changed else record.augment,  # type: ignore[arg-type]  # validated when it was recorded
+            download=request.download,
+        )
+    bench = Bench.open(section, threat, request.seed, request.device, reporter)
+    if request.eps is not None or request.norm is not None:
+        bench.threat = ThreatModel.of(request.norm or bench.threat.norm, request.eps or bench.threat.text)
+    return bench
+
+
+def open_model(path: Path, request: Request, reporter: Reporter) -> tuple[Bench, Artifact]:
+    """A model file with the data it goes with.
+
+    Raises:
+        InputError: unreadable, or not fitting the architecture or the data.
+        UsageError: a foreign state_dict without --arch and --data.
+    """
+    found = load_any(path)
+    if isinstance(found, Artifact):
+        bench = open_data(request, reporter, found)
+        check_fits(found, bench.data)
+        return bench, found
+    if request.arch is None or request.data is None:
+        raise UsageError(f"{path} is a plain state_dict", "say what it is: --arch NAME --data SOURCE")
+    bench = open_data(request, reporter)
+    arch = architecture(ModelSection(arch=request.arch), bench.data)
+    return bench, adopt(found, arch, "pgd-at", bench, path)
+
+
+def run_single(
+    bench: Bench,
+    stage: Section,
+    source: Artifact | None,
+    output: Path,
+    *,
+    arch: Architecture | None = None,
+    force: bool = False,
+    resume: bool = True,
+    dry_run: bool = False,
+) -> Artifact | None:
+    """Run one stage and write its artifact to ``output``; None after a dry run. Interrupted, the same call continues."""
+    check_names(stage, bench)
+    refuse_overwrite(output, force)
+    if output.suffix not in ("", ".pt", ".safetensors"):
+        raise UsageError(f"cannot write '{output.suffix}' files", "name a .pt or .safetensors file, or a folder")
+    if dry_run:
+        return None
+    key = digest_of(
+        {
+            "stage": stage.model_dump(mode="json"),
+            "source": None if source is None else source.digest,
+            "arch": None if arch is None else arch.to_dict(),
+            "bench": [bench.record().model_dump(mode="json"), str(bench.threat), bench.seed, bench.device.type],
+            "code": source_digest(),
+        }
+    )
+    partial = partial_folder(output, key, resume)
+    made = run_stage(bench, stage, source, arch, partial / "resume.pt")
+    if output.is_dir():
+        shutil.rmtree(output)
+    save_artifact(made, output)
+    shutil.rmtree(partial)
+    return made
+
+
+def check_names(stage: Section, bench: Bench) -> None:
+    """Raises UsageError for a misspelt method or objective before any work."""
+    if isinstance(stage, PruneStage):
+        METHODS.build(stage.method)
+    objective: Any = getattr(stage, "objective", None)
+    if objective is not None:
+        OBJECTIVES.build(objective, threat=bench.threat)
+
+
+def measure(
+    bench: Bench, artifact: Artifact, split: str, suite_name: str | None, limit: int | None
+) -> list[dict[str, Any]]:
+    """Counts of clean and, with a suite, robust accuracy for the float form and, where there is one, the 8-bit form."""
+    attacks = () if suite_name is None else suite(suite_name)
+    model, twin = networks(artifact)
+    rows = []
+    for form, net in {"float": model.to(bench.device), "8-bit": twin}.items():
+        if net is None:
+            continue
+        data = loader(bench.data.split(split), bench.device if form == "float" else torch.device("cpu"))
+        progress = progress_of(bench, f"{suite_name or 'clean'} on {form}")
+        found = robustness(
+            net, classes_of(net), data, bench.threat, attacks, seed=bench.seed, limit=limit, on_progress=progress
+        )
+        rows.append({"metric": "clean_accuracy", "form": form, "correct": found.clean.correct, "n": found.clean.n})
+        if attacks:
+            robust = {"metric": "robust_accuracy", "form": form, "correct": found.correct, "n": found.clean.n}
+            rows.append(robust | {"suite": suite_name})
+    return rows
+
+
+def certificates_beside(model: Path) -> Path:
+    """Where ``certify`` writes and ``export`` looks."""
+    return model.with_name(f"{model.stem}.certificates.json")
+
+
+def read_certificates(path: Path, artifact: Artifact) -> dict[str, Any]:
+    """Raises InputError when the certificates were issued for other weights."""
+    found = read_json(path, "certificates")
+    if not isinstance(found, dict) or found.get("artifact") != artifact.digest:
+        raise InputError(f"{path} certifies another model", "run 'rprune certify' on this one")
+    return found

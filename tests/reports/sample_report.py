@@ -1,0 +1,270 @@
+"""A report as a run at 99 % sparsity on CIFAR-10 would leave it, with made-up but consistent numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import numpy as np
+
+from rprune.reports.gate import Policy, judge
+from rprune.reports.html import Sample
+from rprune.reports.schema import (
+    Claim,
+    DataUsed,
+    Evidence,
+    Fidelity,
+    Interval,
+    Layer,
+    LineageEntry,
+    Point,
+    Report,
+    Role,
+    Sparsity,
+    Subject,
+    Threat,
+)
+from rprune.threat import ThreatModel
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+LINF = ThreatModel("linf", "8/255")
+PARAMETERS = 11_173_962
+BARS = {"passed": 0.40, "failed": 0.48}
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sample_report(
+    gate: Literal["passed", "failed"] | None = "passed", *, curves: bool = True, history: bool = True, **changes: Any
+) -> Report:
+    """``changes`` replace fields; the report is sealed after them."""
+    report = Report(
+        created="2026-03-02T08:15:00Z",
+        name="resnet18-cifar10-harp99-int8",
+        tool={"name": "rprune", "version": "0.1.0", "source_sha256": sha("source")},
+        subjects=_subjects(),
+        model={
+            "architecture": {"name": "cifar-resnet18", "num_classes": 10, "input_shape": [3, 32, 32], "kwargs": {}},
+            "parameters": PARAMETERS,
+            "labels": CLASSES,
+            "input": {"shape": [3, 32, 32], "range": [0, 1], "normalisation": "in-graph"},
+            "tensors_sha256": sha("quantize"),
+        },
+        data=DataUsed(
+            source="torchvision:CIFAR10?root=data",
+            classes=CLASSES,
+            samples=10_000,
+            sha256=sha("test"),
+            train_sha256=sha("train"),
+            validation_sha256=sha("validation"),
+            validation_samples=5_000,
+        ),
+        threat=Threat.of(LINF),
+        recipe={"rprune": 1, "name": "resnet18-cifar10-harp99-int8"},
+        recipe_sha256=sha("recipe"),
+        policy_sha256=None,
+        lineage=_lineage(history, _sparsity().kept),
+        sparsity=_sparsity(),
+        size={"dense_float32_weights": 4 * PARAMETERS, "model.onnx": 44_731_090, "model.int8.onnx": 11_262_401},
+        fidelity=[
+            Fidelity(source="float model", file="model.onnx", n=512, top1_agreement=1.0, max_abs_logit_diff=7.6e-6, bit_equal=False),
+            Fidelity(source="8-bit simulation", file="model.int8.onnx", n=512, top1_agreement=1.0, max_abs_logit_diff=0.0, bit_equal=True),
+            Fidelity(source="float model", file="model.int8.onnx", n=256, top1_agreement=0.98828125, max_abs_logit_diff=0.1123, bit_equal=False),
+        ],
+        claims=_claims(curves),
+        evidence=Evidence(witness_count=333),
+        environment={
+            "python": "3.11.9",
+            "os": "Linux x86_64",
+            "cpu": "AMD EPYC 9654 96-Core Processor",
+            "device": "cuda",
+            "packages": {"torch": "2.11.0", "onnx": "1.19.0", "onnxruntime": "1.23.0", "numpy": "2.4.6"},
+        },
+        limitations=[
+            "Empirical robust accuracy is an upper bound: a stronger attack may find more.",
+            "Accuracies hold for the named test samples; the intervals cover sampling of those, not a shift of the data.",
+            "ONNX Runtime's dense kernels do not run faster on unstructured zeros.",
+        ],
+    )  # fmt: skip
+    report = report.model_copy(update=changes)
+    if gate is not None:
+        rules = [
+            {"metric": "clean_accuracy", "value": 0.74},
+            {"metric": "robust_accuracy", "value": BARS[gate]},
+            {"metric": "sparsity", "value": 0.99},
+            {"metric": "bytes", "op": "<=", "value": 12e6},
+        ]
+        policy = Policy.model_validate({"gate": rules})
+        report = report.model_copy(update={"policy_sha256": policy.sha256, "gate": judge(report, policy)})
+    return report.sealed()
+
+
+def sample_images(count: int = 8, channels: int = 3) -> list[Sample]:
+    """Smooth patterns with a sign perturbation of 8/255."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:32, 0:32] / 31
+    samples = []
+    for k in range(count):
+        phase = rng.uniform(0, 6, (channels, 1, 1))
+        clean = (0.5 + 0.4 * np.sin(phase + 5 * x[None] * rng.uniform(0.4, 1.5) + 4 * y[None])).astype(np.float32)
+        noise = np.sign(rng.standard_normal(clean.shape)).astype(np.float32) * np.float32(LINF.eps)
+        adversarial = np.clip(clean + noise, 0, 1)
+        samples.append(Sample(17 * k + 3, CLASSES[k % 10], CLASSES[k % 10], CLASSES[(k + 3) % 10], clean, adversarial))
+    return samples
+
+
+def _subjects() -> list[Subject]:
+    files: list[tuple[str, Role, int]] = [
+        ("model.safetensors", "weights", 44_778_336),
+        ("masks.safetensors", "masks", 11_166_912),
+        ("model.onnx", "onnx", 44_731_090),
+        ("model.int8.onnx", "onnx-int8", 11_262_401),
+        ("evidence/samples.csv", "evidence", 18_210),
+        ("evidence/adversarial.safetensors", "evidence", 4_094_712),
+        ("report.html", "html", 214_233),
+    ]
+    return [Subject(name=name, role=role, sha256=sha(name), bytes=count) for name, role, count in files]
+
+
+def _claim(kind: Any, metric: Any, role: Role, correct: int, n: int, **more: Any) -> Claim:
+    name = "model.int8.onnx" if role == "onnx-int8" else "model.onnx"
+    return Claim(
+        id=f"{metric}@{role}",
+        artifact=role,
+        sha256=sha(name),
+        kind=kind,
+        metric=metric,
+        correct=correct,
+        n=n,
+        value=correct / n,
+        interval=Interval.of(correct, n),
+        **more,
+    )
+
+
+def _claims(curves: bool) -> list[Claim]:
+    claims = []
+    counts: tuple[tuple[Role, int, int], ...] = (("onnx", 778, 452), ("onnx-int8", 772, 439))
+    for role, clean, robust in counts:
+        claims.append(
+            _claim("accuracy", "clean_accuracy", role, clean, 1000, method="ONNX Runtime", sound_for="the file")
+        )
+        settings = {
+            "attacks": ["PGD(steps=50, restarts=5, step=1/255)"],
+            "seed": 0,
+            "gradient": "8-bit simulation, straight-through",
+            "broken": clean - robust,
+            "queries": 251_000,
+        }
+        claims.append(
+            _claim("empirical-upper-bound", "robust_accuracy", role, robust, 1000, threat=Threat.of(LINF), method="pgd50x5",
+                   settings=settings,
+                   sound_for="an upper bound of the file's robust accuracy, by the witnesses in the evidence folder")
+        )  # fmt: skip
+    proved = {1: 112, 1 / 2: 287, 1 / 4: 462, 1 / 8: 601, 1 / 16: 689}
+    points = [Point(at=LINF.eps * f, correct=k, value=k / 1000) for f, k in proved.items()]
+    claims.append(
+        _claim("certified-lower-bound", "certified_accuracy", "onnx-int8", 112, 1000, threat=Threat.of(LINF),
+               method="interval bound propagation, exact integers", curve=points if curves else [],
+               sound_for="every input in the ball, for the integer arithmetic of the QDQ graph that ONNX Runtime ran here")
+    )  # fmt: skip
+    radii = [max(0, 71 - round(5.6 * i)) for i in range(13)]
+    points = [Point(at=round(0.25 * i / 4, 6), correct=k, value=k / 100) for i, k in enumerate(radii)]
+    settings = {
+        "sigma": 0.25,
+        "n0": 100,
+        "n": 10_000,
+        "alpha": 0.001,
+        "samples": [{"prediction": 3, "radius": 0.41}] * 100,
+    }
+    claims.append(
+        _claim("certified-probabilistic", "smoothed_certified_accuracy", "onnx-int8", radii[4], 100,
+               threat=Threat.of(ThreatModel("l2", "0.25")), method="randomized smoothing (CERTIFY)", settings=settings,
+               curve=points if curves else [],
+               sound_for="the smoothed classifier g of this file, each sample with probability 0.999")
+    )  # fmt: skip
+    return claims
+
+
+def _sparsity() -> Sparsity:
+    shapes = {"conv1.weight": [64, 3, 3, 3]}
+    before = 64
+    for stage, width in enumerate((64, 128, 256, 512), 1):
+        for block in range(2):
+            shapes[f"layer{stage}.{block}.conv1.weight"] = [width, before, 3, 3]
+            shapes[f"layer{stage}.{block}.conv2.weight"] = [width, width, 3, 3]
+            if before != width:
+                shapes[f"layer{stage}.{block}.shortcut.0.weight"] = [width, before, 1, 1]
+            before = width
+    shapes["linear.weight"] = [10, 512]
+    layers = []
+    for i, (name, shape) in enumerate(shapes.items()):
+        total = int(np.prod(shape))
+        nonzero = max(1, round(total * min(0.9, 900 / total + 0.0068 + 0.002 * (i % 3))))
+        layers.append(Layer(name=name, shape=shape, nonzero=nonzero, sparsity=1 - nonzero / total))
+    total = sum(int(np.prod(shape)) for shape in shapes.values())
+    kept = sum(layer.nonzero for layer in layers)
+    return Sparsity(
+        target=0.99,
+        budget=kept,
+        kept=kept,
+        total=total,
+        overall=1 - kept / total,
+        measured_on="onnx-int8",
+        float_nonzero=kept,
+        int8_zeros_equal_float_zeros=True,
+        by_layer=layers,
+    )
+
+
+def _lineage(history: bool, kept: int) -> list[LineageEntry]:
+    trades = {"name": "trades", "beta": 6.0}
+    plan: list[tuple[str, dict[str, Any], float, dict[str, Any], int]] = [
+        ("train", {"objective": trades, "epochs": 100}, 10_423.2, {"selected_epoch": 96, **_scores(0.829, 0.512)}, 100),
+        ("prune", {"method": {"name": "harp"}, "objective": trades, "sparsity": 0.99, "epochs": 20}, 1_843.5,
+         {"kept": kept, "total": 11_164_352, "search": {"kept_share": 0.01003}, **_scores(0.741, 0.419)}, 20),
+        ("finetune", {"objective": trades, "epochs": 100}, 8_110.0, {"selected_epoch": 88, **_scores(0.782, 0.461)}, 100),
+        ("quantize", {"bits": 8, "calibration": 512}, 41.2, {"kept": kept, **_scores(0.778, 0.455)}, 0),
+        ("export", {"suite": "pgd50x5", "limit": 1000}, 612.9, {}, 0),
+    ]  # fmt: skip
+    entries: list[LineageEntry] = []
+    for stage, config, seconds, metrics, epochs in plan:
+        parent = entries[-1].output if entries else None
+        output = entries[-1].output if stage == "export" else sha(stage)
+        entries.append(
+            LineageEntry(
+                stage=stage,
+                config={"kind": stage, **config},
+                parent=parent,
+                output=output,
+                seconds=seconds,
+                metrics=metrics,
+                history=_history(epochs) if history else [],
+            )
+        )
+    return entries
+
+
+def _scores(clean: float, robust: float) -> dict[str, Any]:
+    return {"validation": {"validation_accuracy": clean, "validation_robust": robust, "score": robust}}
+
+
+def _history(epochs: int) -> list[dict[str, float]]:
+    rows = []
+    for epoch in range(1, epochs + 1):
+        done = 1 - np.exp(-4 * epoch / epochs)
+        wave = 0.012 * np.sin(1.7 * epoch)
+        robust = round(float(0.2 + 0.28 * done + wave), 4)
+        rows.append(
+            {
+                "epoch": float(epoch),
+                "loss": round(float(2.2 - 0.8 * done + wave), 4),
+                "train_accuracy": round(float(0.25 + 0.5 * done), 4),
+                "validation_accuracy": round(float(0.35 + 0.44 * done + wave), 4),
+                "validation_robust": robust,
+                "score": robust,
+            }
+        )
+    return rows
