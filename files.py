@@ -77,7 +77,7 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 
 
 def partial_folder(path: Path, key: str, resume: bool = True) -> Path:
-    """The folder beside ``path`` in which unfinished work lives; emptied unless it was left by work with the same key."""
+    """The folder beside ``path`` for unfinished work; emptied unless it was left by work with the same key."""
     partial = path.with_name(f"{path.name}.partial")
     if not (resume and stored_key(partial) == key):
         shutil.rmtree(partial, ignore_errors=True)

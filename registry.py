@@ -66,7 +66,8 @@ class Registry(Generic[T]):
             raise InputError(
                 f"{name} is not a {self.kind}", f"it must be a dataclass derived from {self._base().__name__}"
             )
-        return found
+        fitting: Any = found
+        return fitting  # type: ignore[no-any-return]
 
     def name_of(self, value: T) -> str:
         for name, cls in self._classes.items():
@@ -124,7 +125,7 @@ def first_problem(error: pydantic.ValidationError) -> str:
 
 
 def load_object(reference: str) -> Any:
-    """The object that ``pkg.module:name`` or ``path/file.py:name`` names. Runs that module: only for names a user typed.
+    """The object that ``pkg.module:name`` or ``path/file.py:name`` names. Runs that module: for names a user typed.
 
     Raises InputError when the module or the name is not there.
     """

@@ -57,6 +57,10 @@ class Attack(Configured, ABC):
     def queries(self) -> int:
         """Forward passes that one sample costs at most."""
 
+    def for_transfer(self) -> Attack:
+        """The form that finds points for another net than the one it searches on: it must not stop at the boundary."""
+        return self
+
     def training_point(
         self, net: nn.Module, x: Float[Tensor, "b c h w"], threat: ThreatModel, loss: Loss, noise: Noise
     ) -> Float[Tensor, "b c h w"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -22,8 +23,8 @@ class PGD(Attack):
 
     ``step`` is in units of eps; None means ``2.5 / steps``, Madry et al.'s rule, which for 10 steps is the eps/4 of the
     HYDRA and HARP papers (2/255 at 8/255). ``start``: "ball" draws uniformly from it (PGD-AT), "near" adds 0.001 of
-    Gaussian noise (TRADES), "none" starts at x. In evaluation every restart works on the samples still unbroken, and a
-    sample leaves the moment it is misclassified.
+    Gaussian noise (TRADES), "none" starts at x. In evaluation every restart works on the samples still unbroken; a
+    sample leaves when its margin falls below ``-overshoot`` logits: 0 stops at the first wrong point, inf never.
     """
 
     steps: Annotated[int, Field(ge=1)] = 10
@@ -31,9 +32,13 @@ class PGD(Attack):
     restarts: Annotated[int, Field(ge=1)] = 1
     start: Literal["ball", "near", "none"] = "ball"
     loss: Literal["ce", "margin"] = "ce"
+    overshoot: Annotated[float, Field(ge=0)] = 0.0
 
     def queries(self) -> int:
         return self.restarts * (self.steps + 1)
+
+    def for_transfer(self) -> PGD:
+        return replace(self, overshoot=math.inf)
 
     def perturb(self, net: nn.Module, x: Tensor, threat: ThreatModel, loss: Loss, noise: Noise) -> Tensor:
         point = self._start(x, threat, noise, 0)
@@ -47,7 +52,7 @@ class PGD(Attack):
         lowest = torch.full_like(x[:, 0, 0, 0], torch.inf)
         queries = torch.zeros_like(y)
         for restart in range(self.restarts):
-            alive = torch.nonzero(lowest > 0).flatten()
+            alive = torch.nonzero(lowest > -self.overshoot).flatten()
             if len(alive) == 0:
                 break
             point = self._start(x[alive], threat, noise.select(alive), restart)
@@ -60,7 +65,7 @@ class PGD(Attack):
                 best[alive[better]] = point[better]
                 if step == self.steps:
                     break
-                keep = margins > 0
+                keep = margins > -self.overshoot
                 point = self._move(point[keep], gradient[keep], x[alive[keep]], threat)
                 alive = alive[keep]
                 if len(alive) == 0:

@@ -1,7 +1,7 @@
 """Interval bound propagation (Gowal et al., ICCV 2019, section 3) over traced float and 8-bit networks.
 
-Linear layers move the centre with the weights and the radius with their magnitudes; monotone layers act on both ends. The
-margin specification z_y - z_j is merged into the last linear layer. Layers of the 8-bit simulation bring their own
+Linear layers move the centre with the weights and the radius with their magnitudes; monotone layers act on both ends.
+The margin specification z_y - z_j is merged into the last linear layer. Layers of the 8-bit simulation bring their own
 integer intervals (``interval``), which hold for the integers that the exported file computes.
 """
 
@@ -25,7 +25,7 @@ Interval = tuple[Tensor, Tensor]
 
 
 def box(x: Float[Tensor, "b c h w"], threat: ThreatModel) -> Interval:
-    """float64 pixel bounds that contain the threat's ball (for l2 too: no pixel moves by more than eps), within [0,1]."""
+    """float64 pixel bounds in [0,1] that contain the threat's ball (in l2 too no pixel moves by more than eps)."""
     x = x.double()
     reach = threat.eps + OUTWARD if threat.eps > 0 else 0.0
     return (x - reach).clamp_min(0), (x + reach).clamp_max(1)
@@ -101,18 +101,21 @@ class _Interpreter(fx.Interpreter):
             return lo + args[1][0], hi + args[1][1]
         centre, radius = (lo + hi) / 2, (hi - lo) / 2
         if isinstance(module, Affine):
-            centre, radius = module.double()(centre), radius * module.scale.abs()
+            centre = centre * module.scale.double() + module.shift.double()
+            radius = radius * module.scale.double().abs()
         elif isinstance(module, nn.Linear):
-            bias = None if module.bias is None else module.bias.double()
-            centre = F.linear(centre, module.weight.double(), bias)
+            centre = F.linear(centre, module.weight.double(), _double(module.bias))
             radius = F.linear(radius, module.weight.double().abs())
         else:
             assert isinstance(module, nn.Conv2d)
-            bias = None if module.bias is None else module.bias.double()
             geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
-            centre = F.conv2d(centre, module.weight.double(), bias, *geometry)
+            centre = F.conv2d(centre, module.weight.double(), _double(module.bias), *geometry)
             radius = F.conv2d(radius, module.weight.double().abs(), None, *geometry)
         return centre - radius, centre + radius
+
+
+def _double(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.double()
 
 
 class _Stopped(Exception):
@@ -123,9 +126,10 @@ class _Stopped(Exception):
 
 def _real_affine(head: nn.Module | None) -> tuple[Tensor, Tensor] | None:
     if isinstance(head, nn.Linear):
-        bias = torch.zeros(head.out_features) if head.bias is None else head.bias
-        return head.weight.double(), bias.double()
-    if head is not None and hasattr(head, "real_affine") and getattr(head, "conv", None) is None:
-        weight, bias = head.real_affine()
+        offset = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
+        return head.weight.double(), offset.double()
+    real_affine: Any = getattr(head, "real_affine", None)
+    if real_affine is not None and getattr(head, "conv", None) is None:
+        weight, bias = real_affine()
         return weight, bias
     return None

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rprune.reports.schema import Gate, Report
     from rprune.training.loop import EpochLog
 
-stdout = Console(highlight=False, soft_wrap=True)
+WIDE = 200  # columns where there is no terminal to ask
+
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_EVERY = 30.0  # seconds between progress lines when stderr is not a terminal
 SHOWN = ("loss", "kept_share", "gamma", "validation_accuracy", "validation_robust")
@@ -49,9 +51,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    # a table is cut at the console's width; piped output must not lose columns
-    width = stdout.width if stdout.is_terminal else max(stdout.width, 200)
-    stdout.print(table, width=width)
+    stdout.print(table)
 
 
 class ProgressLines:
@@ -101,7 +101,8 @@ class ProgressLines:
     def _draw(self, what: str, done: int, total: int, values: str) -> None:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
+                TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
+                TextColumn("{task.fields[values]}"),
                 TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), console=stderr,
             )  # fmt: skip
             self._bar.start()
@@ -134,7 +135,7 @@ def print_artifact(artifact: Artifact, where: str) -> None:
 def print_report(report: Report, where: str) -> None:
     rows = [
         [
-            claim.metric,
+            claim.metric.replace("_", " "),
             claim.artifact,
             percent(claim.value),
             f"[{100 * claim.interval.lower:.1f}, {100 * claim.interval.upper:.1f}]",

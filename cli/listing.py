@@ -43,8 +43,11 @@ def known(kind: str) -> list[dict[str, Any]]:
         from rprune.pruning.allocation import ALLOCATORS
         from rprune.training.schedules import SCHEDULES
 
-        table: dict[str, Any] = {"suites": SUITES, "allocators": ALLOCATORS, "schedules": SCHEDULES}[kind]
-        what = {name: ", ".join(map(repr, v)) if isinstance(v, tuple) else _first_line(v) for name, v in table.items()}
+        tables: dict[str, Any] = {"suites": SUITES, "allocators": ALLOCATORS, "schedules": SCHEDULES}
+        what = {
+            name: ", ".join(map(repr, v)) if isinstance(v, tuple) else _first_line(v)
+            for name, v in tables[kind].items()
+        }
         return [{"name": name, "what": text} for name, text in what.items()]
     from rprune.attacks.base import ATTACKS
     from rprune.objectives.base import OBJECTIVES

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ def schema(kind: Annotated[str, typer.Argument(help="recipe, report or gate.")])
     from rprune.reports.gate import Policy
     from rprune.reports.schema import Report
 
-    models = {"recipe": Recipe, "report": Report, "gate": Policy}
+    models: dict[str, Any] = {"recipe": Recipe, "report": Report, "gate": Policy}
     if kind not in models:
         raise unknown_name("schema", kind, KINDS)
     print_json(models[kind].model_json_schema())

@@ -20,14 +20,14 @@ def verify(
     data: o.Data = None,
     as_json: o.Json = False,
 ) -> None:
-    """Re-check a bundle from its files alone: hashes, sparsity, counts, witnesses. Exit 5 when bytes differ, 1 for a false claim."""
+    """Re-check a bundle from its files alone. Exit 5 when bytes differ, 1 for a false claim."""
     from rprune.reports.gate import read_policy
     from rprune.reports.verify import LEVELS
     from rprune.reports.verify import verify as run_verify
 
     if level not in LEVELS:
         raise unknown_name("level", level, LEVELS)
-    found = run_verify(bundle, level, None if policy is None else read_policy(policy), data)  # type: ignore[arg-type]
+    found = run_verify(bundle, level, None if policy is None else read_policy(policy), data)
     if as_json:
         checks = [vars(check) for check in found.checks]
         print_json({"level": level, "passed": found.passed, "integrity": found.integrity, "checks": checks})

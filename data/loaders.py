@@ -57,12 +57,12 @@ class Resident:
 
     def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-        for ids in order.split(batch_size):
+        for ids in torch.split(order, batch_size):
             yield Batch(augmented(self.images[ids], generator, augment), self.labels[ids], ids)
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         ids = torch.arange(len(self), device=self.labels.device)[:limit]
-        for part in ids.split(batch_size):
+        for part in torch.split(ids, batch_size):
             yield Batch(to_unit(self.images[part]), self.labels[part], part)
 
 

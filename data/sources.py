@@ -1,6 +1,6 @@
 """Where data comes from: ``digits``, ``npz:FILE``, ``imagefolder:DIR``, or a torchvision set by name.
 
-Nothing here uses the network unless ``download`` is true, and nothing imports torch unless a torchvision set is asked for.
+Nothing here uses the network unless ``download`` is true, and torch is imported for torchvision's sets alone.
 """
 
 from __future__ import annotations

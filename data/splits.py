@@ -126,8 +126,8 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Images:
 
     channels, height, width = shape
     try:
-        with Image.open(path) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
+        with Image.open(path) as file:
+            image: Image.Image = file.convert("L" if channels == 1 else "RGB")
             if image.size != (width, height):
                 scale = max(width / image.width, height / image.height)
                 wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))

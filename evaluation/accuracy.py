@@ -39,7 +39,8 @@ def classes_of(net: nn.Module) -> Predict:
 
     def predict(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return net(x).argmax(1)
+            classes: Tensor = net(x).argmax(1)
+        return classes
 
     return predict
 

@@ -44,7 +44,7 @@ class Robustness:
 
 
 def robustness(
-    search: nn.Module,
+    search: Sequence[nn.Module],
     verify: Predict,
     data: Loader,
     threat: ThreatModel,
@@ -58,10 +58,13 @@ def robustness(
     """Attack the first ``limit`` samples, each attack on those that the artifact still gets right.
 
     Args:
-        search: differentiable network whose gradients guide the attacks.
+        search: differentiable networks whose gradients guide the attacks: the artifact's own twin first, then others
+            (the float parent of an 8-bit net) whose points are tried on the artifact as they transfer.
         verify: the artifact's predicted classes; only its verdict counts.
     """
     total = min(limit or len(data), len(data))
+    plan = [(ATTACKS.name_of(attack), attack, search[0]) for attack in attacks]
+    plan += [(f"{ATTACKS.name_of(a)} transferred", a.for_transfer(), net) for net in search[1:] for a in attacks]
     labels, clean, ids, points, adversarial, names = [], [], [], [], [], []
     queries = misses = robust = done = 0
     for batch in data.ordered(batch_size, limit):
@@ -69,11 +72,11 @@ def robustness(
         alive = torch.nonzero(predicted == batch.y).flatten()
         labels.append(batch.y.cpu())
         clean.append(predicted.cpu())
-        for attack in attacks:
+        for name, attack, net in plan:
             if len(alive) == 0:
                 break
             x, y, keys = batch.x[alive], batch.y[alive], batch.ids[alive]
-            found = attack.evaluate(search, x, y, threat, Keyed(seed, keys))
+            found = attack.evaluate(net, x, y, threat, Keyed(seed, keys))
             verdict = verify(found.x).to(y.device)
             fooled = verdict != y
             queries += int(found.queries.sum())
@@ -81,7 +84,7 @@ def robustness(
             ids.append(keys[fooled].cpu())
             points.append(found.x[fooled].cpu())
             adversarial.append(verdict[fooled].cpu())
-            names += [ATTACKS.name_of(attack)] * int(fooled.sum())
+            names += [name] * int(fooled.sum())
             alive = alive[~fooled]
         robust += len(alive)
         done += len(batch.y)

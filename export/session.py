@@ -47,7 +47,8 @@ class OnnxClassifier:
 
     def predict(self, images: NDArray[np.float32]) -> NDArray[np.int64]:
         """Class of the largest logit, the first of equals."""
-        return self.logits(images).argmax(1)
+        classes: NDArray[np.int64] = self.logits(images).argmax(1)
+        return classes
 
 
 def load_onnx(path: Path) -> Any:

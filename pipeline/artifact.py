@@ -210,7 +210,8 @@ def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
+    state: dict[str, Tensor] = content
+    return state
 
 
 def _load_folder(path: Path) -> Artifact:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +14,10 @@ import onnx
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import rprune
 from rprune.attacks.suites import suite
-from rprune.certification.smoothing import needed_l2
 from rprune.data.loaders import loader
 from rprune.errors import WorkError
 from rprune.evaluation.robustness import Robustness, robustness
@@ -30,6 +27,7 @@ from rprune.export.session import OnnxClassifier, weight_counts
 from rprune.files import atomic, digest_of, file_digest, write_json, write_text
 from rprune.models.prunable import prunable
 from rprune.pipeline.artifact import Artifact, save_tensors
+from rprune.pipeline.claims import certified_claims, check_order, empirical_claims, write_evidence
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.recipe import ExportStage
 from rprune.pipeline.stages import Bench, Certificates, networks
@@ -41,17 +39,14 @@ from rprune.reports.schema import (
     DataUsed,
     Evidence,
     Fidelity,
-    Interval,
     Layer,
     LineageEntry,
-    Point,
     Report,
     Role,
     Sparsity,
     Subject,
     Threat,
 )
-from rprune.threat import ThreatModel
 
 CHECK_SAMPLES = 256
 TOLERANCE = 1e-4  # of the largest logit: float kernels sum in another order
@@ -101,20 +96,20 @@ def export(
     fidelity = write_models(artifact, model, twin, bench, out)
     counts = {name: weight_counts(out / name) for name in ("model.onnx", "model.int8.onnx") if (out / name).exists()}
     sparsity = _sparsity(artifact, counts, out)
-    shipped: dict[Role, tuple[str, nn.Module]] = {"onnx": ("model.onnx", model.to(bench.device))}
+    shipped: dict[Role, tuple[str, list[nn.Module]]] = {"onnx": ("model.onnx", [model])}
     if twin is not None:
-        shipped["onnx-int8"] = ("model.int8.onnx", twin)
+        shipped["onnx-int8"] = ("model.int8.onnx", [twin, model])
     claims: list[Claim] = []
     results: dict[Role, Robustness] = {}
     for role, (name, search) in shipped.items():
         results[role] = _attack(bench, search, out / name, attacks, stage, role)
-        claims += _empirical(bench, results[role], role, out / name, stage)
+        claims += empirical_claims(bench, results[role], role, out / name, stage)
     main: Role = "onnx-int8" if twin is not None else "onnx"
     result = results[main]
     if certificates is not None:
-        claims += _certified(bench, certificates, out / shipped[main][0], main)
-        _check_order(bench, certificates, result)
-    _write_evidence(out, bench, result, certificates)
+        claims += certified_claims(bench, certificates, out / shipped[main][0], main)
+        check_order(bench, certificates, result)
+    write_evidence(out, result, certificates)
     seconds = round(time.monotonic() - started, 3)
     report = _report(bench, artifact, stage, out, source, sparsity, fidelity, claims, result, seconds)
     if source.policy is not None:
@@ -127,7 +122,7 @@ def export(
 
 
 def write_models(
-    artifact: Artifact, model: nn.Module, twin: nn.Module | None, bench: Bench, out: Path
+    artifact: Artifact, model: nn.Module, twin: fx.GraphModule | None, bench: Bench, out: Path
 ) -> list[Fidelity]:
     """Write the model files and compare each, as read back, with its source."""
     save_tensors(out / "model.safetensors", artifact.state)
@@ -173,7 +168,7 @@ def _compare(
 ) -> Fidelity:
     """Logits of a file beside those of its source; with a tolerance, disagreement is an error."""
     with torch.no_grad():
-        wanted = torch.cat([source(part) for part in x.split(128)]).numpy()
+        wanted = torch.cat([source(part) for part in torch.split(x, 128)]).numpy()
     got = OnnxClassifier(path).logits(x.numpy())
     difference = float(np.abs(wanted - got).max())
     agreement = float((wanted.argmax(1) == got.argmax(1)).mean())
@@ -181,7 +176,7 @@ def _compare(
         difference > tolerance * max(1.0, float(np.abs(wanted).max())) or agreement < AGREEMENT
     ):
         raise WorkError(
-            f"{path.name} disagrees with the {name}: largest difference {difference:.3g}, same label on {agreement:.1%}",
+            f"{path.name} disagrees with the {name}: by {difference:.3g}, same label on {agreement:.1%}",
             "ONNX Runtime on this CPU computes something else; please report it with 'rprune --version'",
         )
     bit_equal = bool(np.array_equal(wanted, got))
@@ -241,12 +236,13 @@ def _zeros(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _attack(
-    bench: Bench, search: nn.Module, path: Path, attacks: Sequence[Any], stage: ExportStage, role: str
+    bench: Bench, search: Sequence[nn.Module], path: Path, attacks: Sequence[Any], stage: ExportStage, role: str
 ) -> Robustness:
     session = OnnxClassifier(path)
-    device = next((p.device for p in search.parameters()), torch.device("cpu"))
+    # the search runs where the data lies; the 8-bit simulation is exact on the CPU alone
+    device = torch.device("cpu") if len(search) > 1 else bench.device
     return robustness(
-        search,
+        [net.to(device) for net in search],
         lambda x: torch.from_numpy(session.predict(x.detach().cpu().numpy())),
         loader(bench.data.test, device),
         bench.threat,
@@ -255,124 +251,6 @@ def _attack(
         limit=stage.limit,
         on_progress=lambda done, good, total: bench.reporter.progress(f"{stage.suite} on {role}", done, good, total),
     )
-
-
-def _claim(kind: Any, metric: Any, role: Role, path: Path, correct: int, n: int, **more: Any) -> Claim:
-    return Claim(
-        id=f"{metric}@{role}",
-        artifact=role,
-        sha256=file_digest(path),
-        kind=kind,
-        metric=metric,
-        correct=correct,
-        n=n,
-        value=correct / n,
-        interval=Interval.of(correct, n),
-        **more,
-    )
-
-
-def _empirical(bench: Bench, result: Robustness, role: Role, path: Path, stage: ExportStage) -> list[Claim]:
-    clean = result.clean
-    settings = {
-        "attacks": [repr(attack) for attack in suite(stage.suite)],
-        "seed": bench.seed,
-        "gradient": "8-bit simulation, straight-through" if role == "onnx-int8" else "float model",
-        "verdict": f"ONNX Runtime on {path.name}",
-        "broken": len(result.broken_ids),
-        "queries": result.queries,
-        "fooled_the_search_net_only": result.misses,
-    }
-    return [
-        _claim("accuracy", "clean_accuracy", role, path, clean.correct, clean.n, method="ONNX Runtime", sound_for="the file"),
-        _claim(
-            "empirical-upper-bound", "robust_accuracy", role, path, result.correct, clean.n,
-            threat=Threat.of(bench.threat), method=stage.suite, settings=settings,
-            sound_for="an upper bound of the file's robust accuracy, by the witnesses in the evidence folder",
-        ),
-    ]  # fmt: skip
-
-
-def _certified(bench: Bench, certificates: Certificates, path: Path, role: Role) -> list[Claim]:
-    claims = []
-    if ibp := certificates.get("ibp"):
-        first, n = ibp["levels"][0], ibp["n"]
-        threat = ThreatModel.of(ibp["norm"], first["eps"])
-        points = [Point(at=ThreatModel.of("linf", level["eps"]).eps, correct=level["correct"], value=level["correct"] / n)
-                  for level in ibp["levels"]]  # fmt: skip
-        integers = role == "onnx-int8"
-        sound = (
-            "every input in the ball, for the integer arithmetic of the QDQ graph that ONNX Runtime ran here "
-            "(kernels that saturate 16-bit sums, on CPUs without VNNI, are not covered)"
-            if integers
-            else "every input in the ball, in real arithmetic; float32 rounding of the runtime is not covered"
-        )
-        method = "interval bound propagation, exact integers" if integers else "interval bound propagation, float64"
-        claims.append(
-            _claim(
-                "certified-lower-bound", "certified_accuracy", role, path, first["correct"], n,
-                threat=Threat.of(threat), method=method, sound_for=sound, curve=points,
-            )
-        )  # fmt: skip
-    if smooth := certificates.get("smoothing"):
-        rows, sigma = smooth["samples"], smooth["sigma"]
-        n = len(rows)
-
-        def at(radius: float) -> int:
-            return sum(row["prediction"] == row["label"] and row["radius"] >= radius for row in rows)
-
-        points = [Point(at=r, correct=at(r), value=at(r) / n) for r in [round(sigma * i / 4, 6) for i in range(13)]]
-        dimensions = int(np.prod(bench.data.shape))
-        settings = {key: smooth[key] for key in ("sigma", "n0", "n", "alpha")}
-        settings |= {
-            "abstained": sum(row["prediction"] < 0 for row in rows),
-            "l2_radius_that_covers_the_threat": needed_l2(bench.threat.norm, bench.threat.eps, dimensions),
-            "samples": rows,
-        }
-        claims.append(
-            _claim(
-                "certified-probabilistic", "smoothed_certified_accuracy", role, path, at(sigma), n,
-                threat=Threat.of(ThreatModel.of("l2", repr(sigma))), method="randomized smoothing (CERTIFY)",
-                settings=settings, curve=points,
-                sound_for=f"the smoothed classifier g of this file, each sample with probability {1 - smooth['alpha']:g}; "
-                "a device that runs the file alone does not run g",
-            )
-        )  # fmt: skip
-    return claims
-
-
-def _check_order(bench: Bench, certificates: Certificates, result: Robustness) -> None:
-    """certified <= robust <= clean, sample by sample: a certified sample that was broken means a bug in one of the two."""
-    ibp = certificates.get("ibp")
-    if ibp is None:
-        return
-    threat = ThreatModel.of(ibp["norm"], ibp["levels"][0]["eps"])
-    if threat.norm != bench.threat.norm or threat.eps < bench.threat.eps:
-        return
-    proved = torch.tensor(ibp["levels"][0]["proved"], dtype=torch.bool)
-    n = min(len(proved), result.clean.n)
-    wrong = torch.nonzero(proved[:n] & ~result.robust[:n]).flatten().tolist()
-    if wrong:
-        raise WorkError(
-            f"samples {wrong[:5]} are certified and broken", "a bound or an attack is wrong; please report this"
-        )
-
-
-def _write_evidence(out: Path, bench: Bench, result: Robustness, certificates: Certificates | None) -> None:
-    """samples.csv: one row a sample. adversarial.safetensors: for each broken sample the point that breaks it."""
-    proved = (certificates or {}).get("ibp", {}).get("levels", [{}])[0].get("proved", [])
-    broken = {int(i): k for k, i in enumerate(result.broken_ids.tolist())}
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["index", "label", "clean_prediction", "adversarial_prediction", "attack", "certified"])
-    for i, (label, predicted) in enumerate(
-        zip(result.clean.labels.tolist(), result.clean.predicted.tolist(), strict=True)
-    ):
-        k = broken.get(i)
-        found = ["", ""] if k is None else [int(result.adversarial[k]), result.broken_by[k]]
-        rows.writerow([i, label, predicted, *found, proved[i] if i < len(proved) else ""])
-    write_text(out / "evidence" / "samples.csv", text.getvalue())
-    save_tensors(out / "evidence" / "adversarial.safetensors", {"index": result.broken_ids, "x": result.points})
 
 
 def _subjects(out: Path) -> list[Subject]:

@@ -152,9 +152,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"cannot read recipe {path}: {error.strerror}", "check the path") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {path} is not TOML: {error}", "see recipes/digits.toml for one") from None
-    for override in overrides:
-        override(table, override)
-    recipe = validated(Recipe, table, str(path))
+    for text in overrides:
+        override(table, text)
+    recipe: Recipe = validated(Recipe, table, str(path))
     _check_order(recipe)
     return recipe
 
@@ -186,11 +186,11 @@ def _siblings(section: type[Any], place: Sequence[str]) -> list[str]:
     return [".".join([*place[:-1], name]) for name in owner.model_fields]
 
 
-def override(table: dict[str, Any], override: str) -> None:
+def override(table: dict[str, Any], setting: str) -> None:
     """Set ``a.b=c``; a stage is addressed by its kind: ``stage.prune.sparsity=0.9``. Values are TOML, else text."""
-    path, separator, text = override.partition("=")
+    path, separator, text = setting.partition("=")
     if not separator or not path.strip():
-        raise UsageError(f"cannot read --set {override}", "write --set KEY=VALUE, for example stage.prune.sparsity=0.9")
+        raise UsageError(f"cannot read --set {setting}", "write --set KEY=VALUE, for example stage.prune.sparsity=0.9")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -201,14 +201,14 @@ def override(table: dict[str, Any], override: str) -> None:
         if isinstance(place, list):
             stages = [entry for entry in place if entry.get("kind") == part]
             if not stages:
-                raise UsageError(f"--set {override}: the recipe has no {part} stage", "address a stage by its kind")
+                raise UsageError(f"--set {setting}: the recipe has no {part} stage", "address a stage by its kind")
             place = stages[0]
         else:
             if isinstance(place.get(part), str):  # method = "harp" -> { name = "harp" }
                 place[part] = {"name": place[part]}
             place = place.setdefault(part, {})
     if not isinstance(place, dict):
-        raise UsageError(f"--set {override} does not name a value", "write --set stage.prune.sparsity=0.9")
+        raise UsageError(f"--set {setting} does not name a value", "write --set stage.prune.sparsity=0.9")
     place[last] = value
 
 

@@ -84,7 +84,8 @@ class Runner:
 
     def plan(self) -> list[tuple[str, Path, bool]]:
         """(kind, folder, already done) of each stage, as far as that is known without running the ones before."""
-        rows, parent = [], self._start_key()
+        rows: list[tuple[str, Path, bool]] = []
+        parent = self._start_key()
         for number, stage in enumerate(self.recipe.stage, 1):
             folder = self._folder(number, stage)
             key = self._key(stage, parent)

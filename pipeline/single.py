@@ -89,7 +89,7 @@ def run_single(
     resume: bool = True,
     dry_run: bool = False,
 ) -> Artifact | None:
-    """Run one stage and write its artifact to ``output``; None after a dry run. Interrupted, the same call continues."""
+    """Run one stage and write its artifact (None after a dry run). Interrupted, the same call continues."""
     check_names(stage, bench)
     refuse_overwrite(output, force)
     if output.suffix not in ("", ".pt", ".safetensors"):
@@ -135,8 +135,9 @@ def measure(
             continue
         data = loader(bench.data.split(split), bench.device if form == "float" else torch.device("cpu"))
         progress = progress_of(bench, f"{suite_name or 'clean'} on {form}")
+        searched = [net] if form == "float" else [net, model.cpu()]
         found = robustness(
-            net, classes_of(net), data, bench.threat, attacks, seed=bench.seed, limit=limit, on_progress=progress
+            searched, classes_of(net), data, bench.threat, attacks, seed=bench.seed, limit=limit, on_progress=progress
         )
         rows.append({"metric": "clean_accuracy", "form": form, "correct": found.clean.correct, "n": found.clean.n})
         if attacks:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Loader, loader
@@ -207,7 +207,7 @@ def quantize_8bit(bench: Bench, source: Artifact, stage: QuantizeStage) -> Artif
     return _stamped(artifact, "quantize", config, source, time.monotonic() - started, metrics)
 
 
-def networks(artifact: Artifact) -> tuple[nn.Module, nn.Module | None]:
+def networks(artifact: Artifact) -> tuple[nn.Module, fx.GraphModule | None]:
     """(float model, 8-bit simulation if the artifact has one), both on the CPU in eval mode."""
     model = artifact.model()
     if not artifact.quantization:
@@ -217,7 +217,7 @@ def networks(artifact: Artifact) -> tuple[nn.Module, nn.Module | None]:
 
 
 Certificates = dict[str, Any]
-"""JSON-able outcome of a certify stage: ``artifact`` (tensors digest), ``ibp`` and ``smoothing`` with counts per sample."""
+"""JSON-able outcome of a certify stage: ``artifact`` (tensors digest), ``ibp`` and ``smoothing`` by sample."""
 
 
 def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates:
@@ -328,7 +328,7 @@ def _scores(bench: Bench, net: nn.Module, objective: Objective) -> dict[str, flo
         found = predictions(classes_of(net), data)
         scores = {"validation_accuracy": found.correct / found.n, "score": found.correct / found.n}
     else:
-        result = robustness(net, classes_of(net), data, bench.threat, (attack,), seed=bench.seed)
+        result = robustness([net], classes_of(net), data, bench.threat, (attack,), seed=bench.seed)
         clean = result.clean
         robust = result.correct / clean.n
         scores = {"validation_accuracy": clean.correct / clean.n, "validation_robust": robust, "score": robust}

@@ -22,7 +22,7 @@ def uniform(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
 
 
 def erk(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
-    """Erdos-Renyi-Kernel: kept weights of a layer proportional to the sum of its dimensions (RigL, ICML 2020, sec. 3)."""
+    """Erdos-Renyi-Kernel: a layer's kept weights are proportional to the sum of its dimensions (RigL, ICML 2020, 3)."""
     return apportion({name: float(sum(weight.shape)) for name, weight in weights.items()}, budget)
 
 

@@ -123,7 +123,7 @@ class HarpPruner(ScorePruner):
 class Harp(Method):
     """Learn a kept share for every layer together with the scores (Zhao and Wressnegger, ICLR 2023, eq. 2 to 7).
 
-    L = L_robust + gamma L_hw. gamma grows by ``gamma_step`` each epoch until the target is first met, then rests. Paper:
+    L = L_robust + gamma L_hw. gamma grows by ``gamma_step`` an epoch until the target is first met, then rests. Paper:
     SGD lr 0.1, 20 epochs, ``initial_density`` 0.1 in every layer, gamma_step 0.01. None scales that step so that the
     penalty summed over all optimizer steps is what it is on CIFAR-10 (391 steps an epoch, 20 epochs): short runs would
     miss the target otherwise. The rates found are snapped to the exact budget, which the authors' code leaves open.

@@ -21,7 +21,8 @@ def scaled_initial_scores(weight: Float[Tensor, "out ..."]) -> Float[Tensor, "ou
     """sqrt(6 / fan_in) w / max|w| (HYDRA eq. 4). An all-zero tensor gets all-zero scores."""
     fan_in = weight[0].numel()
     largest = weight.detach().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
-    return (6 / fan_in) ** 0.5 * weight.detach() / largest
+    scores: Tensor = (6 / fan_in) ** 0.5 * weight.detach() / largest
+    return scores
 
 
 class ScorePruner(Scored):

@@ -1,7 +1,7 @@
 """Post-training quantization to 8 bits.
 
 Weights: symmetric int8, one scale an output channel, zero stays exactly zero. Activations: uint8, one scale a tensor,
-from the range seen on calibration data. Pixels: scale 1/255, zero point 0, so that an 8-bit image is represented exactly.
+from the range seen on calibration data. Pixels: scale 1/255, zero point 0: an 8-bit image is represented exactly.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class _Round(torch.autograd.Function):
 
 
 def rint(x: Tensor) -> Tensor:
-    rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _Round.apply(x)
     return rounded
 
 
@@ -201,7 +201,7 @@ class QAffine(nn.Module):
 
 
 class QKeep(nn.Module):
-    """A layer that acts on the integers as they are: max pooling, flattening, a ReLU that follows neither sum nor product."""
+    """A layer that acts on the integers as they are: max pooling, flattening, a ReLU that nothing took in."""
 
     def __init__(self, source: nn.Module, given: Scale) -> None:
         super().__init__()

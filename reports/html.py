@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from rprune.reports.schema import Claim, Interval, Layer, LineageEntry, Report, 
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 STRIP = 8  # samples shown
-WIDTH = 5.0  # inches: about as wide as a phone, so that text keeps its size there
 # matplotlib writes these colours; the page's own take their place, so that a plot follows light and dark
 INK, GRID, BLUE, ORANGE, GREEN, GREY = "#010101", "#010102", "#010103", "#010104", "#010105", "#010106"
 COLOURS = {INK: "ink-2", GRID: "line", BLUE: "blue", ORANGE: "orange", GREEN: "green", GREY: "grey"}
@@ -34,7 +33,7 @@ WHAT = dict.fromkeys(("method", "objective", "suite", "file", "methods"), "{}") 
 SHARES = ("accuracy", "robust", "score", "share")  # keys whose value in [0, 1] is written in percent
 CURVES = {"loss": BLUE, "validation_accuracy": BLUE, "validation_robust": ORANGE, "train_accuracy": GREY}
 FORMS = {"onnx": "float ONNX", "onnx-int8": "int8 ONNX"}
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
     **dict.fromkeys(("xtick.major.size", "xtick.minor.size", "ytick.major.size"), 0),
@@ -60,15 +59,15 @@ class Sample:
 def render_html(report: Report, samples: Sequence[Sample] = ()) -> str:
     """The page. Optional parts that the report or the caller does not give are left out."""
     import jinja2
-    import matplotlib
+    from matplotlib import style
 
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.undefined = jinja2.StrictUndefined
     filters: dict[str, Callable[..., str]] = {f.__name__: f for f in (percent, size, short, duration, number, words)}
     environment.filters |= filters | {"form": lambda role: FORMS.get(role, role)}
     main = "onnx-int8" if report.subject("onnx-int8") else "onnx"
     layers = report.sparsity.by_layer
-    with matplotlib.rc_context(STYLE):
+    with style.context(STYLE, after_reset=True):  # the user's own settings would change the bytes
         bars, density = _accuracy_bars(report), _density(layers)
         curves = [(claim, _curve(claim)) for claim in report.claims if claim.curve]
         stages = [(e, _what(e), _flat(e.metrics), _training(i, e)) for i, e in enumerate(report.lineage)]
@@ -96,9 +95,6 @@ def verdict(report: Report) -> tuple[str, str]:
     return "failed", f"Gate failed: {missed} of {count} rules {'is' if missed == 1 else 'are'} not met"
 
 
-# Numbers for people
-
-
 def percent(share: float, digits: int = 1) -> str:
     """Enough digits that what is not 0 % or 100 % never reads so."""
     while digits < 6 and 0 < share < 1 and float(f"{100 * share:.{digits}f}") in (0, 100):
@@ -107,11 +103,8 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f}\u00a0B" if unit == "B" else f"{count:.3g}\u00a0{unit}"
+    power = min(3, int(np.log10(max(1.0, count * 1.0005)) // 3))
+    return f"{count / 1000**power:.3g}\u00a0{('B', 'KB', 'MB', 'GB')[power]}"
 
 
 def short(digest: str) -> str:
@@ -167,13 +160,11 @@ def _sides(rule: Rule) -> tuple[str, str]:
     return "not claimed" if rule.observed is None else write(rule.observed), write(rule.threshold)
 
 
-# Plots
-
-
-def _axes(height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+def _axes(height: float, columns: int = 1, width: float = 4.3) -> tuple[Any, list[Any]]:
+    """In inches; the default is about as wide as a phone, so that text keeps its size there."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(1, columns)))
 
 
@@ -185,16 +176,14 @@ def _svg(figure: Any, name: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", text, count=1)
+    text = re.sub(r'^.*?<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", buffer.getvalue(), count=1, flags=re.S)
     text = re.sub(r"<!--.*?-->\n?|\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r"(href=\"|url\()#", rf"\1#{name}-", text).replace("xlink:href", "href")
     text = re.sub(r"font: ?([\d.]+)px[^;\"]*", r"font-size: \1px", text)
     for colour, variable in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")
-    return text
+    return text.strip()
 
 
 def _accuracy_bars(report: Report) -> str:
@@ -202,7 +191,7 @@ def _accuracy_bars(report: Report) -> str:
     roles = [role for role in FORMS if any(claim.artifact == role for claim in report.claims)]
     if not roles:
         return ""
-    figure, (axis,) = _axes(2.9)
+    figure, (axis,) = _axes(2.8)
     for k, (metric, (label, colour)) in enumerate(list(METRICS.items())[:3]):
         found = [(i + (k - 1) * 0.28, claim) for i, role in enumerate(roles) if (claim := report.claim(metric, role))]
         if not found:
@@ -210,7 +199,7 @@ def _accuracy_bars(report: Report) -> str:
         at, values = [x for x, _ in found], [claim.value for _, claim in found]
         spread = [(c.value - c.interval.lower, c.interval.upper - c.value) for _, c in found]
         axis.bar(at, values, 0.24, color=colour, label=label)
-        axis.errorbar(at, values, np.clip(spread, 0, 1).T, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+        axis.errorbar(at, values, np.clip(spread, 0, 1).T, fmt="none", color=INK, elinewidth=1.2, capsize=3)
         for x, c in found:
             axis.annotate(percent(c.value), (x, c.interval.upper), (0, 3), textcoords="offset points", ha="center")
     axis.set_xticks(range(len(roles)), [FORMS[role] for role in roles])
@@ -224,7 +213,7 @@ def _accuracy_bars(report: Report) -> str:
 
 
 def _curve(claim: Claim) -> str:
-    figure, (axis,) = _axes(2.9)
+    figure, (axis,) = _axes(2.8)
     points = sorted(claim.curve, key=lambda point: point.at)
     norm, eps = (claim.threat.norm, claim.threat.eps.replace(" ", "")) if claim.threat else ("", "")
     of_pixels = eps.endswith("/255")  # the unit that the user thinks in
@@ -247,7 +236,7 @@ def _density(layers: Sequence[Layer]) -> str:
     kept = [layer.nonzero / max(1, int(np.prod(layer.shape))) for layer in layers]
     least = min((share for share in kept if share > 0), default=1.0)
     left = 10 ** np.floor(np.log10(least) - 0.01) if least < 0.1 else 0.0
-    figure, (axis,) = _axes(0.75 + 0.23 * len(layers))
+    figure, (axis,) = _axes(0.75 + 0.225 * len(layers), width=4.7)
     axis.barh(range(len(layers)), kept, 0.66, color=BLUE)
     axis.set_yticks(range(len(layers)), [layer.name.removesuffix(".weight") for layer in layers])
     axis.set_ylim(len(layers) - 0.4, -0.6)
@@ -289,9 +278,6 @@ def _tick(share: float, _: object) -> str:
     return f"{100 * share:g} %"
 
 
-# Pictures
-
-
 def _strip(samples: Sequence[Sample]) -> dict[str, Any] | None:
     if not samples:
         return None
@@ -307,6 +293,6 @@ def _png(image: NDArray[np.float32]) -> str:
 
     rgb = image if image.shape[0] == 3 else np.repeat(image.mean(axis=0, keepdims=True), 3, axis=0)
     pixels = np.clip(np.round(rgb * 255), 0, 255).astype(np.uint8).transpose(1, 2, 0)
-    buffer = io.BytesIO()
-    imsave(buffer, np.ascontiguousarray(pixels), format="png", metadata={"Software": None})
+    buffer, unnamed = io.BytesIO(), cast("dict[str, str]", {"Software": None})
+    imsave(buffer, np.ascontiguousarray(pixels), format="png", metadata=unnamed)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

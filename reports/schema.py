@@ -167,7 +167,7 @@ class Gate(Part):
 
 
 class Report(Part):
-    schema_: Literal["rprune.report/1"] = pydantic.Field(default=SCHEMA, alias="schema")
+    schema_: Literal["rprune.report/1"] = pydantic.Field(default="rprune.report/1", alias="schema")
     id: str = ""  # sha256 of the canonical JSON without this field
     created: str
     name: str

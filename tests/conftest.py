@@ -1,0 +1,48 @@
+"""Shapes and types at the signatures of the numeric floors are checked in every test.
+
+Not those of models/: torch.fx calls their forward with proxies instead of tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from jaxtyping import install_import_hook
+
+CHECKED = ("attacks", "certification", "data", "evaluation", "objectives", "pruning", "quantization", "training")
+install_import_hook([f"rprune.{name}" for name in CHECKED], "beartype.beartype")
+
+import pytest  # noqa: E402  the hook must come before the first import of rprune
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def load_helper():
+    """Import a helper file below tests/ (tests are no package)."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parent / name
+        key = f"rprune_test_{path.stem}"
+        if key not in sys.modules:
+            spec = importlib.util.spec_from_file_location(key, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[key] = module
+            spec.loader.exec_module(module)
+        return sys.modules[key]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def vectors():
+    """The numeric vectors of HYDRA, HARP and Robust-ADMM."""
+    import json
+
+    return json.loads((Path(__file__).parent / "data" / "vectors-hydra-harp-admm.json").read_text())

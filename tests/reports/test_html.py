@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from rprune.reports.html import percent, render_html, size
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sample_report", Path(__file__).with_name("sample_report.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sample = _load()
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Outline(HTMLParser):
+    """Ids, addresses and text of a page; fails on tags that are not closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href", "action", "srcset"):
+                self.addresses.append(value or "")
+            self.targets += re.findall(r"url\(#([^)]+)\)", value or "")
+        self.targets += [address[1:] for address in self.addresses if address.startswith("#")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_html(sample.sample_report(), sample.sample_images())
+
+
+def test_key_figures_come_before_the_details(page: str) -> None:
+    text = Outline(page).text
+    figures = ["Gate passed", "77.2\u00a0%", "43.9\u00a0%", "11.2\u00a0%", "11.3\u00a0MB"]
+    checks = ["rprune verify DIR", "rprune gate DIR/report.json --policy gate.toml", "Limitations"]
+    order = [*figures, "Adversarial examples", "Claims", "Provenance", *checks]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+
+
+def test_page_needs_nothing_from_outside(page: str) -> None:
+    outline = Outline(page)
+    assert not re.findall(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", page))
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in outline.addresses)
+    assert not outline.tags & {"script", "link", "iframe", "object", "metadata"}
+    assert "@import" not in page
+    assert len(page.encode()) < 400_000
+
+
+def test_ids_are_unique_and_every_reference_has_a_target(page: str) -> None:
+    outline = Outline(page)
+    assert len(outline.ids) == len(set(outline.ids))
+    assert set(outline.targets) <= set(outline.ids)
+
+
+def test_no_plot_keeps_a_fixed_colour(page: str) -> None:
+    plots = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    assert page.count("<svg") == 7  # accuracy, two curves, density, three histories
+    assert set(re.findall(r"(?:fill|stroke): (#\w+)", plots)) == set()
+
+
+def test_digests_and_claims_are_all_there(page: str) -> None:
+    report = sample.sample_report()
+    data = report.data
+    digests = [report.id, report.recipe_sha256, report.policy_sha256, data.sha256, data.train_sha256]
+    digests += [data.validation_sha256, *(s.sha256 for s in report.subjects), *(e.output for e in report.lineage)]
+    for digest in digests:
+        assert digest in page
+    text = Outline(page).text
+    for claim in report.claims:
+        assert claim.id in text
+        assert claim.sound_for in text
+        assert f"{claim.correct:,} / {claim.n:,}" in text
+    for layer in report.sparsity.by_layer:
+        assert f'title="{layer.name}"' in page
+
+
+def test_names_are_escaped_everywhere() -> None:
+    evil = "<script>alert('$x$')</script>"
+    report = sample.sample_report()
+    layers = [layer.model_copy(update={"name": evil}) for layer in report.sparsity.by_layer]
+    claims = [claim.model_copy(update={"id": f"{evil}{i}", "method": evil}) for i, claim in enumerate(report.claims)]
+    lineage = [entry.model_copy(update={"stage": evil}) for entry in report.lineage]
+    report = sample.sample_report(
+        name=evil,
+        claims=claims,
+        lineage=lineage,
+        sparsity=report.sparsity.model_copy(update={"by_layer": layers}),
+        environment={evil: {evil: evil}},
+    )
+    images = [type(s)(s.index, evil, evil, evil, s.clean, s.adversarial) for s in sample.sample_images(2)]
+    outline = Outline(render_html(report, images))
+    assert "script" not in outline.tags
+    assert evil in outline.text
+
+
+def test_same_report_gives_the_same_bytes(page: str) -> None:
+    assert render_html(sample.sample_report(), sample.sample_images()) == page
+
+
+def test_rendering_leaves_the_plot_settings_alone() -> None:
+    import matplotlib
+
+    before = {key: value for key, value in matplotlib.rcParams.items() if key != "backend"}
+    render_html(sample.sample_report())
+    assert {key: value for key, value in matplotlib.rcParams.items() if key != "backend"} == before
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("passed", "Gate passed: all 4 rules are met"),
+        ("failed", "Gate failed: 1 of 4 rules is not met"),
+        (None, "No gate: this report was not held against a policy"),
+    ],
+)
+def test_verdict(gate: str | None, words: str) -> None:
+    text = Outline(render_html(sample.sample_report(gate))).text
+    assert words in text
+    assert sum(part in text for part in ("Gate passed", "Gate failed", "No gate")) == 1
+    assert ("✗ fail" in text) == (gate == "failed")
+
+
+def test_absent_parts_are_left_out() -> None:
+    report = sample.sample_report(None, curves=False, history=False, fidelity=[], limitations=[])
+    page = render_html(report)
+    text = Outline(page).text
+    assert page.count("<svg") == 2
+    for heading in ("Adversarial examples", "Limitations", "Files against their sources", "Judged by"):
+        assert heading not in text
+
+
+def test_a_report_with_hardly_anything_renders() -> None:
+    sparsity = sample.sample_report().sparsity.model_copy(update={"by_layer": [], "target": None, "budget": None})
+    report = sample.sample_report(None, claims=[], lineage=[], subjects=[], sparsity=sparsity, size={})
+    assert "<svg" not in render_html(report)
+
+
+def test_float_only_bundle_shows_the_float_file() -> None:
+    report = sample.sample_report()
+    keep = [claim for claim in report.claims if claim.artifact == "onnx"]
+    subjects = [subject for subject in report.subjects if subject.role == "onnx"]
+    text = Outline(render_html(sample.sample_report(None, claims=keep, subjects=subjects))).text
+    assert "77.8\u00a0%" in text
+    assert "File size, float ONNX" in text
+
+
+def test_metric_that_is_not_claimed_is_said_so() -> None:
+    from rprune.reports.gate import Policy, judge
+
+    report = sample.sample_report(None, claims=[])
+    gate = judge(report, Policy.model_validate({"gate": [{"metric": "robust_accuracy", "value": 0.4}]}))
+    text = Outline(render_html(report.model_copy(update={"gate": gate}))).text
+    assert "Gate failed: 1 of 1 rules is not met" in text
+    assert "not claimed" in text
+
+
+def test_dead_and_dense_layers_render() -> None:
+    report = sample.sample_report()
+    first, second, *_ = report.sparsity.by_layer
+    layers = [first.model_copy(update={"nonzero": 0, "sparsity": 1.0}), second]
+    for chosen in (layers, layers[:1]):
+        sparsity = report.sparsity.model_copy(update={"by_layer": chosen})
+        assert "0.0 %" in Outline(render_html(sample.sample_report(sparsity=sparsity))).text.replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_hold_the_pixels(channels: int) -> None:
+    import base64
+    import io
+
+    from matplotlib.image import imread
+
+    images = sample.sample_images(9, channels)
+    page = render_html(sample.sample_report(), images)
+    found = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    assert len(found) == 3 * 8
+    clean, added, adversarial = (imread(io.BytesIO(base64.b64decode(text)))[..., :3] for text in found[:3])
+    wanted = np.broadcast_to(images[0].clean.transpose(1, 2, 0), clean.shape)
+    assert np.abs(clean - wanted).max() <= 0.5 / 255 + 1e-6
+    factor = int(re.search(r"× (\d+)", page).group(1))  # type: ignore[union-attr]
+    moved = np.abs(adversarial - clean) * factor
+    assert np.abs(np.abs(added - 0.5) - moved).max() <= (factor + 1) / 255
+    assert float(np.abs(added - 0.5).max()) <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.772, "77.2 %"), (0.99996, "99.996 %"), (1.0, "100.0 %"), (0.0, "0.0 %"), (0.0001, "0.01 %")]
+)
+def test_percent_never_rounds_to_all_or_nothing(share: float, text: str) -> None:
+    assert percent(share).replace("\u00a0", " ") == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (12_345, "12.3 KB"), (999_900, "1 MB"), (44e6, "44 MB")],
+)
+def test_size(count: float, text: str) -> None:
+    assert size(count).replace("\u00a0", " ") == text
+
+
+def test_rendering_needs_no_torch() -> None:
+    code = (
+        "import runpy, sys; from rprune.reports.html import render_html; "
+        "assert 'matplotlib' not in sys.modules and 'jinja2' not in sys.modules; "
+        f"sample = runpy.run_path({str(Path(sample.__file__ or ''))!r}); "
+        "render_html(sample['sample_report'](), sample['sample_images'](1)); "
+        "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
