@@ -32,7 +32,7 @@ def initial_r(a_init: float, a_t: float) -> float:
 
 
 def rate(r: Float[Tensor, ...], a_t: float) -> Float[Tensor, ...]:
-    """Kept share a = a_min + (1 - a_min) sigmoid(r) of a layer (HARP eq. 4)."""
+    """Kept share a = a_min + (1 - a_min) sigmoid(r) of a layer (HARP's activation g)."""
     a_min = ALPHA * a_t
     return a_min + (1 - a_min) * torch.sigmoid(r)
 

@@ -18,7 +18,7 @@ from rprune.pruning.masks import Masks, top_mask
 
 
 def scaled_initial_scores(weight: Float[Tensor, "out ..."]) -> Float[Tensor, "out ..."]:
-    """sqrt(6 / fan_in) w / max|w| (HYDRA eq. 4). An all-zero tensor gets all-zero scores."""
+    """sqrt(6 / fan_in) w / max|w| (HYDRA's scaled initialisation). An all-zero tensor gets all-zero scores."""
     fan_in = weight[0].numel()
     largest = weight.detach().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
     scores: Tensor = (6 / fan_in) ** 0.5 * weight.detach() / largest
@@ -70,7 +70,7 @@ def straight_through(x: Tensor) -> Tensor:
 @METHODS.register("hydra")
 @dataclass(frozen=True, kw_only=True)
 class Hydra(Method):
-    """Learn which connections to keep under the robust objective (Sehwag et al., NeurIPS 2020, eq. 3 and 4).
+    """Learn which connections to keep under the robust objective (Sehwag et al., NeurIPS 2020, Algorithm 1).
 
     Importance scores are initialised in proportion to the pretrained weights and trained by the objective through a
     straight-through top-k mask: dL/ds = dL/dw_eff * w * sign(s) for every entry. Weights and biases rest, batch-norm
