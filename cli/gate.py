@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rprune.cli import options as o
-from rprune.cli.console import note, print_gate, print_json
+from rprune.cli.console import print_gate, print_json
 from rprune.errors import UsageError
 
 
@@ -48,7 +48,5 @@ def gate(
         print_json(outcome.model_dump(mode="json") | {"report": found.id})
     else:
         print_gate(outcome)
-        if outcome.result == "failed":
-            note("Hint: 'rprune export --limit' with more samples narrows the interval.")
     if outcome.result == "failed" and not exit_zero:
         raise typer.Exit(1)

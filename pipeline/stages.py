@@ -39,7 +39,7 @@ from rprune.pipeline.recipe import (
 )
 from rprune.pruning.base import METHODS, Context, Fixed, Pruner
 from rprune.pruning.budget import Budget
-from rprune.pruning.masks import count, impose
+from rprune.pruning.masks import count
 from rprune.quantization.ptq import Quantization, quantize, simulated
 from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
@@ -163,9 +163,7 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
     steps = -(-len(bench.data.train) // stage.batch_size)
     pruner = method.bind(model, budget, Context(epochs, steps, bench.seed))
     found = _fit(bench, "prune", model, pruner, objective, stage, epochs, state_file)
-    masks = pruner.masks()
-    # the search may run slightly off the budget; what it leaves is on it exactly
-    impose(prunable(model), masks)
+    masks = pruner.finish()
     if count(masks) != budget.kept:
         raise WorkError(f"{stage.method} kept {count(masks)} weights, the budget is {budget.kept}", "report this")
     metadata = _metadata("prune", source.metadata.arch, bench, objective).model_copy(

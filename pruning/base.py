@@ -9,7 +9,7 @@ A :class:`Method` is what a recipe says: a frozen dataclass of hyper-parameters.
             loss = objective loss + pruner.penalty();  loss.backward()
             pruner.before_step();  optimizer.step();  pruner.after_step()
         pruner.after_epoch(epoch)
-    masks = pruner.masks()
+    masks = pruner.finish()
 
 The model is always a plain nn.Module that holds the weights it runs with. A method that learns something else than the
 weights keeps it outside, pulls the weight gradients to it in ``before_step`` and writes the weights in ``after_step``.
@@ -71,6 +71,10 @@ class Pruner:
     def masks(self) -> Masks:
         """Exactly ``budget.kept`` entries are True; empty when nothing is pruned."""
         return {}
+
+    def finish(self) -> Masks:
+        """End of the stage: the model holds exactly the weights that the returned :meth:`masks` keep."""
+        return self.masks()
 
     def log(self) -> dict[str, float]:
         """Figures of this epoch worth a line in the log and the report."""
@@ -139,6 +143,11 @@ class Scored(Pruner):
 
     def after_step(self) -> None:
         self.write(self.current_masks())
+
+    def finish(self) -> Masks:
+        masks = self.masks()
+        self.write(masks)  # the final masks may keep weights that the search had out at its selected epoch
+        return masks
 
     def write(self, masks: Masks) -> None:
         """Put the effective weights into the model in place."""
