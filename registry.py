@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -127,30 +128,41 @@ def first_problem(error: pydantic.ValidationError) -> str:
 def load_object(reference: str) -> Any:
     """The object that ``pkg.module:name`` or ``path/file.py:name`` names. Runs that module: for names a user typed.
 
-    Raises InputError when the module or the name is not there.
+    Raises InputError when the module cannot be loaded or has no such name.
     """
-    place, _, name = reference.rpartition(":")
-    module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
+    target, _, name = reference.rpartition(":")
+    is_file = target.endswith(".py") or "/" in target
+    try:
+        module = _load_file(Path(target)) if is_file else importlib.import_module(target)
+    except InputError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        hint = "run it with Python by itself to see the whole error"
+        if not is_file:
+            hint = "a module must be importable from here; a file is named path/file.py:name"
+        raise InputError(f"cannot load '{target}': {type(error).__name__}: {error}", hint) from error
     if not hasattr(module, name):
-        raise InputError(f"{place} has no '{name}'", "write module:name of something defined there")
+        raise InputError(f"'{target}' has no '{name}'", "write file.py:name of something defined there")
     return getattr(module, name)
 
 
-def _module_by_name(place: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except ImportError as error:
-        raise InputError(f"cannot import {place}: {error}", "install it, or give a file: path/file.py:name") from None
-
-
-def _module_from_file(path: Path) -> ModuleType:
+def _load_file(path: Path) -> ModuleType:
+    path = path.expanduser().resolve()
     if not path.is_file():
-        raise InputError(f"file {path} is not there", "give the path of a Python file")
-    name = f"rprune_user_{path.stem}"
+        raise InputError(f"no file '{path}'", "relative paths start at the current directory")
+    # One module per file and content: objects of two loads then share their classes.
+    digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
+    name = f"_rprune_user_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise InputError(f"'{path}' is not a Python file", "the name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

@@ -4,7 +4,8 @@
     python benchmarks/digits_methods.py --table          # prints the table of the committed result file
 
 Every model is trained, pruned and fine-tuned as the papers do (PGD-AT; prune at lr 0.1), with epochs chosen for the
-small data (60 each), checkpoints selected on the validation split. Accuracies are of the fine-tuned float model on the test split.
+small data (60 each), checkpoints selected on the validation split. Accuracies are of the fine-tuned float model on the
+test split.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def measure(seeds: tuple[int, ...]) -> dict[str, Any]:
     for seed in seeds:
         bench = Bench.open(DataSection(source="digits"), None, seed, "cpu")
         dense = train(bench, architecture(ModelSection(arch="cnn-small"), bench.data), stages["train"])
-        rows.append({"seed": seed, "method": "dense", "sparsity": 0.0, **counts(evaluate(bench, dense, "test", SUITE, None))})
+        rows.append(
+            {"seed": seed, "method": "dense", "sparsity": 0.0, **counts(evaluate(bench, dense, "test", SUITE, None))}
+        )
         for method in METHODS:
             for sparsity in SPARSITIES:
                 stage = PruneStage(
@@ -81,7 +84,10 @@ def table(result: dict[str, Any]) -> str:
             parts.append(f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
         return " / ".join(parts)
 
-    lines = ["| method | " + " | ".join(f"sparsity {s:g}" for s in SPARSITIES) + " |", "|---" * (len(SPARSITIES) + 1) + "|"]
+    lines = [
+        "| method | " + " | ".join(f"sparsity {s:g}" for s in SPARSITIES) + " |",
+        "|---" * (len(SPARSITIES) + 1) + "|",
+    ]
     lines += [f"| {m.upper()} | " + " | ".join(cell(m, s) for s in SPARSITIES) + " |" for m in METHODS]
     return "\n".join([f"Dense: {cell('dense', 0.0)}.", "", *lines])
 

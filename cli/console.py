@@ -26,7 +26,7 @@ WIDE = 200  # columns where there is no terminal to ask
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_EVERY = 30.0  # seconds between progress lines when stderr is not a terminal
-SHOWN = ("loss", "kept_share", "gamma", "validation_accuracy", "validation_robust")
+SHOWN = {"loss": "loss", "kept_share": "kept", "validation_accuracy": "clean", "validation_robust": "robust"}
 
 
 def note(text: str) -> None:
@@ -65,7 +65,7 @@ class ProgressLines:
         self._bar: Progress | None = None
 
     def epoch(self, stage: str, log: EpochLog) -> None:
-        values = "  ".join(f"{name} {log.values[name]:.4g}" for name in SHOWN if name in log.values)
+        values = "  ".join(f"{short} {log.values[name]:.3g}" for name, short in SHOWN.items() if name in log.values)
         self._show(stage, log.epoch, log.epochs, values)
 
     def progress(self, what: str, done: int, good: int, total: int) -> None:
@@ -101,7 +101,7 @@ class ProgressLines:
     def _draw(self, what: str, done: int, total: int, values: str) -> None:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
+                TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(),
                 TextColumn("{task.fields[values]}"),
                 TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(), console=stderr,
             )  # fmt: skip
@@ -130,6 +130,28 @@ def print_artifact(artifact: Artifact, where: str) -> None:
         total = after.get("total")
         rows.append(["weights kept", f"{total:,}" if total else "", f"{after['kept']:,}"])
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
+
+
+def print_stages(artifacts: Sequence[tuple[Artifact, str]]) -> None:
+    """One row a stage, with what it reached on the validation split."""
+    rows = []
+    for artifact, folder in artifacts:
+        entry = artifact.metadata.lineage[-1]
+        spec = entry.config.get("method") or entry.config.get("objective") or {}
+        scores = entry.metrics.get("validation", {})
+        rows.append(
+            [
+                entry.stage,
+                str(spec.get("name", "")),
+                percent(scores.get("validation_accuracy")),
+                percent(scores.get("validation_robust")),
+                f"{artifact.metadata.budget:,}" if artifact.metadata.budget else "",
+                f"{entry.seconds:.0f} s",
+                folder,
+            ]
+        )
+    columns = ["stage", "how", "clean (validation)", "robust (validation)", "kept", "time", "folder"]
+    print_table("stages", columns, rows)
 
 
 def print_report(report: Report, where: str) -> None:

@@ -8,7 +8,7 @@ from rprune.cli import options as o
 from rprune.cli.console import print_json, print_table
 from rprune.errors import unknown_name
 
-KINDS = ("methods", "objectives", "attacks", "suites", "allocators", "architectures", "data", "schedules")
+KINDS = ("methods", "objectives", "attacks", "suites", "allocators", "architectures", "data", "schedules", "recipes")
 
 
 def list_(
@@ -33,6 +33,13 @@ def known(kind: str) -> list[dict[str, Any]]:
 
         return [{"name": name, "what": "built in"} for name in names()] + [
             {"name": "torchvision:NAME", "what": "torchvision"}
+        ]
+    if kind == "recipes":
+        from rprune.pipeline.recipe import shipped_recipes
+
+        return [
+            {"name": name, "what": path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")}
+            for name, path in shipped_recipes().items()
         ]
     if kind == "data":
         from rprune.data.sources import KINDS as SOURCES

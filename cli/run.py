@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, print_artifact, print_json, print_report, print_table
+from rprune.cli.console import ProgressLines, note, print_json, print_report, print_stages, print_table
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped one: digits.")],
     output: o.Output = None,
     settings: o.Set = None,
     device: o.Device = "auto",
@@ -20,9 +20,11 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Run a recipe end to end; what is done already is reused, what was interrupted continues."""
-    from rprune.pipeline.recipe import read_recipe
+    from rprune.pipeline.recipe import read_recipe, shipped_recipes
     from rprune.pipeline.run import Outcome, Runner
 
+    if not recipe.exists():
+        recipe = shipped_recipes().get(str(recipe), recipe)
     content = read_recipe(recipe, settings or [])
     out = output or Path("runs") / content.name
     with ProgressLines(quiet or as_json) as reporter:
@@ -40,8 +42,6 @@ def run(
         def announce(outcome: Outcome) -> None:
             if not (quiet or as_json):
                 note(f"{'reused' if outcome.reused else 'done'}   {outcome.kind} -> {outcome.folder}")
-                if outcome.artifact is not None:
-                    print_artifact(outcome.artifact, str(outcome.folder))
 
         outcomes = runner.run(announce)
     report = next((outcome.report for outcome in outcomes if outcome.report is not None), None)
@@ -49,9 +49,11 @@ def run(
     if as_json:
         stages: list[dict[str, Any]] = [{"kind": x.kind, "folder": str(x.folder), "reused": x.reused} for x in outcomes]
         print_json({"stages": stages, "report": None if report is None else report.to_json(), "gate_passed": passed})
-    elif report is not None:
-        print_report(report, str(outcomes[-1].folder))
-        if not quiet:
-            note(f"Next: rprune verify {outcomes[-1].folder}")
+    else:
+        print_stages([(outcome.artifact, str(outcome.folder)) for outcome in outcomes if outcome.artifact is not None])
+        if report is not None:
+            print_report(report, str(outcomes[-1].folder))
+            if not quiet:
+                note(f"Next: rprune verify {outcomes[-1].folder}")
     if gate and not passed:
         raise typer.Exit(1)

@@ -15,7 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def cli_reference() -> str:
     """Every command and option, as Typer prints them."""
-    command = [sys.executable, "-m", "typer", "rprune.cli.app", "utils", "docs", "--name", "rprune", "--title", "rprune"]
+    command = [
+        sys.executable,
+        "-m",
+        "typer",
+        "rprune.cli.app",
+        "utils",
+        "docs",
+        "--name",
+        "rprune",
+        "--title",
+        "rprune",
+    ]
     environment = os.environ | {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "docs", env=environment)
     return re.sub(r"[ \t]+\n", "\n", result.stdout).strip() + "\n"

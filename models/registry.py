@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rprune.errors import InputError, UsageError, unknown_name
+from rprune.registry import load_object
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from torch import nn
 
 _TORCHVISION = "torchvision:"
@@ -195,45 +190,10 @@ def _load(name: str) -> Callable[..., object]:
         if "/" in name or name.endswith(".py"):
             raise UsageError(f"'{name}' does not say which factory to call", f"write {name.rstrip(':')}:FACTORY")
         raise unknown_name("architecture", name, names())
-    is_file = target.endswith(".py") or "/" in target
-    try:
-        module = _load_file(Path(target)) if is_file else importlib.import_module(target)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"cannot load '{target}': {type(error).__name__}: {error}",
-            "run it with Python by itself to see the whole error"
-            if is_file
-            else "a module must be importable from here; a file is named path/file.py:factory",
-        ) from error
-    factory = getattr(module, attribute, None)
+    factory = load_object(name)
     if not callable(factory):
         raise InputError(
-            f"'{target}' has no function or class '{attribute}'",
-            "name a callable that returns the model, after the colon",
+            f"'{attribute}' of '{target}' cannot be called", "name a callable that returns the model, after the colon"
         )
     result: Callable[..., object] = factory
     return result
-
-
-def _load_file(path: Path) -> ModuleType:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise InputError(f"no file '{path}'", "relative paths start at the current directory")
-    # One module per file and content: models of two builds then share their classes, and can be compared and pickled.
-    digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
-    name = f"_rprune_user_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"'{path}' is not a Python file", "the name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

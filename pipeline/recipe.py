@@ -140,6 +140,14 @@ class Recipe(Section):
     policy: str | None = None
 
 
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with rprune, by name. gate.toml is a policy."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.toml")) if path.stem != "gate"}
+
+
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a TOML file, with ``key=value`` overrides applied.
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from rprune.attacks.base import ATTACKS, cross_entropy, input_gradient, margin
 from rprune.attacks.noise import Keyed, Stream
 from rprune.attacks.norms import project, size, within
@@ -162,7 +163,7 @@ def test_net_is_left_as_it_was_after_an_error(tiny, spec):
     net = tiny.net().train()
     x, y = tiny.batch(6)
 
-    def fail(module, inputs):
+    def fail(*_):
         raise ZeroDivisionError
 
     net.fc.register_forward_pre_hook(fail)
@@ -220,7 +221,7 @@ class GivenStart:
     def __init__(self, unit):
         self.unit = unit
 
-    def uniform(self, like, purpose):
+    def uniform(self, *_):
         return self.unit
 
     normal = uniform
@@ -276,6 +277,18 @@ def test_zero_gradient_is_no_nan(tiny):
     for norm in ("linf", "l2"):
         point = PGD(steps=3).evaluate(net, x, y, ThreatModel.of(norm, "0.1"), keyed(4)).x
         assert torch.isfinite(point).all()
+
+
+@every_attack
+def test_logits_that_are_no_numbers_are_not_robust(tiny, spec):
+    net = tiny.net().eval()
+    with torch.no_grad():
+        net.fc.bias[0] = torch.nan
+    x, _ = tiny.batch(4)
+    for label in (0, 1):
+        found = ATTACKS.build(spec).evaluate(net, x, torch.full((4,), label), THREATS[0], keyed(4))
+        assert found.broken.all()
+        assert torch.isfinite(found.x).all()
 
 
 @both_norms

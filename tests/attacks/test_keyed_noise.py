@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rprune.attacks.noise import Keyed, Stream
 
 LIKE = torch.empty(200, 3, 16, 16)

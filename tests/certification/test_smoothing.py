@@ -53,7 +53,9 @@ def test_radius_of_the_reference_vectors(vectors) -> None:
             assert (found is None) if value[1] is None else (found == pytest.approx(value[1], abs=1e-9))
             checked += 1
     assert checked >= 5
-    assert needed_l2("linf", 2 / 255, 3072) == pytest.approx(vectors["smoothing"]["linf 2/255 as l2 (d=3072)"], abs=1e-9)
+    assert needed_l2("linf", 2 / 255, 3072) == pytest.approx(
+        vectors["smoothing"]["linf 2/255 as l2 (d=3072)"], abs=1e-9
+    )
 
 
 # smallest count that certifies a radius at alpha 0.001: (sigma, radius, n, count)

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.errors import UsageError
@@ -12,7 +14,6 @@ from rprune.objectives.base import OBJECTIVES
 from rprune.objectives.pgd_at import PGDAT
 from rprune.objectives.trades import TRADES, kl
 from rprune.threat import ThreatModel
-from torch import nn
 
 OPTIONS = {name: {"attack": {"steps": 3}} for name in ("pgd-at", "trades")}
 every_objective = pytest.mark.parametrize("name", OBJECTIVES.all())
@@ -216,11 +217,11 @@ class FixedNoise:
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn = None
 
-    def normal(self, like, purpose):
+    def normal(self, like, _):
         self.drawn = torch.randn(like.shape, generator=self.generator, dtype=like.dtype)
         return self.drawn
 
-    def uniform(self, like, purpose):
+    def uniform(self, like, _):
         self.drawn = torch.rand(like.shape, generator=self.generator, dtype=like.dtype) * 2 - 1
         return self.drawn
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from rprune.models.prunable import prunable
 from rprune.models.registry import Architecture, build
 from rprune.pruning.base import Context
@@ -179,5 +180,7 @@ def test_erk_is_the_oracles(oracle, density):
     shapes = [(16, 3, 3, 3), (32, 16, 3, 3), (64, 32, 1, 1), (64, 64, 3, 3), (10, 256), (100, 100)]
     weights = {str(i): torch.empty(shape, device="meta") for i, shape in enumerate(shapes)}
     sizes = {name: 1000 * w.numel() for name, w in weights.items()}
-    counts = fill({n: float(sum(w.shape)) for n, w in weights.items()}, Budget(sizes, int(density * sum(sizes.values()))))
+    counts = fill(
+        {n: float(sum(w.shape)) for n, w in weights.items()}, Budget(sizes, int(density * sum(sizes.values())))
+    )
     assert [counts[n] / sizes[n] for n in sizes] == pytest.approx(oracle.erk(shapes, density), abs=1e-6)

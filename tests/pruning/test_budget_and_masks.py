@@ -3,11 +3,13 @@
 import json
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rprune.errors import InputError, UsageError
 from rprune.pruning.allocation import ALLOCATORS, allocate, global_top, lamp_scores
 from rprune.pruning.budget import Budget, apportion, fill
@@ -61,7 +63,7 @@ def test_apportion_gives_no_less_to_a_larger_share_of_an_equal_layer(shares, siz
     kept = len(shares) + int(level * (len(shares) * size - len(shares)))
     counts = apportion(dict(zip(sizes, map(float, shares), strict=True)), Budget(sizes, kept))
     ranked = sorted(zip(shares, counts.values(), strict=True))
-    for (lower, few), (higher, many) in zip(ranked, ranked[1:], strict=False):
+    for (lower, few), (higher, many) in pairwise(ranked):
         assert lower == higher or few <= many
 
 
@@ -78,7 +80,8 @@ def test_budget_is_exact_in_fractions(millionths, numbers):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "total", "kept"), [(0.9, 10, 1), (0.1, 10, 9), (0.7, 10, 3), (0.99, 100, 1), (0.57, 100, 43), (0.0, 7, 7)]
+    ("sparsity", "total", "kept"),
+    [(0.9, 10, 1), (0.1, 10, 9), (0.7, 10, 3), (0.99, 100, 1), (0.57, 100, 43), (0.0, 7, 7)],
 )
 def test_budget_has_no_float_trap(sparsity, total, kept):
     assert Budget.of({"w": total}, sparsity).kept == kept

@@ -7,6 +7,8 @@ import re
 
 import pytest
 import torch
+
+from rprune.errors import InputError, UsageError, WorkError
 from rprune.models.prunable import prunable
 from rprune.objectives.benign import Benign
 from rprune.pruning.base import METHODS, Context, Fixed, Method, Pruner, Scored
@@ -229,8 +231,6 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, tmp_path, name, stop_aft
 
 @every_method
 def test_diverged_training_is_a_work_error(tiny, name):
-    from rprune.errors import WorkError
-
     class Broken(Benign):
         def __call__(self, net, x, y, progress, noise):
             for loss in super().__call__(net, x, y, progress, noise):
@@ -263,8 +263,6 @@ def test_docstring_is_a_card_that_names_its_paper(name):
 @every_method
 @pytest.mark.parametrize("options", [{"allocatoin": "erk"}, {"allocation": 3}])
 def test_options_that_do_not_exist_or_fit_are_refused(name, options):
-    from rprune.errors import UsageError
-
     with pytest.raises(UsageError):
         METHODS.build({"name": name, **options})
 
@@ -281,8 +279,6 @@ def test_every_allocation_meets_the_budget(tiny, name, allocation):
 
 @pytest.mark.parametrize(("wrong", "right"), [("hidra", "hydra"), ("HARP", "harp"), ("lmw", "lwm")])
 def test_unknown_method_offers_the_nearest(wrong, right):
-    from rprune.errors import UsageError
-
     with pytest.raises(UsageError, match=f"unknown method '{wrong}'") as caught:
         METHODS.build(wrong)
     assert right in caught.value.hint
@@ -311,8 +307,6 @@ def test_a_method_of_the_user_is_found_by_its_file(tmp_path):
         "class NotOne:\n"
         "    pass\n"
     )
-    from rprune.errors import InputError
-
     method = METHODS.build({"name": f"{file}:Mine", "strength": 2.0})
     assert isinstance(method, Method)
     assert method.strength == 2.0

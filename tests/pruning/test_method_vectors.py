@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import ALLOCATORS, allocate, erk, lamp, lamp_scores, uniform
 from rprune.pruning.base import Context
@@ -11,7 +13,6 @@ from rprune.pruning.budget import Budget, apportion, fill
 from rprune.pruning.harp import Harp, HarpPruner, hardware_loss, initial_r, rate
 from rprune.pruning.hydra import ScorePruner, scaled_initial_scores
 from rprune.pruning.masks import top_mask
-from torch import nn
 
 
 def f64(values):

@@ -1,8 +1,9 @@
 """A small conv-BN-residual net and random data for the tests of pruning, objectives, attacks and training."""
 
 import torch
-from rprune.data.loaders import Resident
 from torch import nn
+
+from rprune.data.loaders import Resident
 
 CLASSES = 5
 

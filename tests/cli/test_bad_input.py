@@ -1,0 +1,420 @@
+"""What users get wrong: one line what, one line how to fix it, the documented exit code, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rprune.errors import EXIT_CODES
+from rprune.pipeline.artifact import load_artifact
+
+
+class Touch:
+    """A pickle that would create a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+
+RECIPE = """
+rprune = 1
+name = "bad"
+[data]
+source = "digits"
+[[stage]]
+kind = "train"
+epochs = 1
+[[stage]]
+kind = "prune"
+sparsity = 0.5
+"""
+
+
+@pytest.fixture
+def bench(chain, tmp_path, call, contents):
+    """``bench(code, *arguments)`` checks what must hold for every mistake and returns the error text."""
+    for name in ("model.pt", "model-lwm-0.5-finetuned-int8.pt"):
+        shutil.copy(chain / name, tmp_path)
+    shutil.copytree(chain / "out", tmp_path / "bundle")
+
+    def check(code: int, *arguments: object) -> str:
+        before = contents(tmp_path)
+        folders = {p for p in tmp_path.rglob("*") if p.is_dir()}
+        said = call(*arguments, "-q", cwd=tmp_path) if arguments[0] in WORKING else call(*arguments, cwd=tmp_path)
+        lines = said.err.splitlines()
+        assert said.code == code, said.err
+        assert [line.split(" ")[0] for line in lines if not line.startswith("Plan ")] == ["error:", "hint:"], said.err
+        assert said.out == ""
+        assert contents(tmp_path) == before
+        assert {p for p in tmp_path.rglob("*") if p.is_dir()} == folders
+        return said.err
+
+    return check
+
+
+WORKING = ("train", "prune", "finetune", "quantize", "certify", "export", "evaluate", "run")
+
+
+def test_sparsity_out_of_range(bench):
+    assert "sparsity" in bench(2, "prune", "model.pt", "-s", 1.5)
+    bench(2, "prune", "model.pt", "-s", -0.1)
+    bench(2, "prune", "model.pt", "-s", 1)
+
+
+def test_sparsity_that_empties_a_layer(bench):
+    assert "at most" in bench(2, "prune", "model.pt", "-s", 0.99999, "-m", "lwm")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (("prune", "model.pt", "-s", 0.5, "-m", "harpp"), "did you mean 'harp'?"),
+        (("prune", "model.pt", "-s", 0.5, "--objective", "trade"), "did you mean 'trades'?"),
+        (("train", "--data", "digits", "-o", "n.pt", "--objective", "pdg-at"), "did you mean 'pgd-at'?"),
+        (("export", "model.pt", "-o", "new", "--suite", "pgd11"), "did you mean 'pgd10'?"),
+        (("evaluate", "model.pt", "--suite", "pgd11"), "did you mean 'pgd10'?"),
+        (("train", "--data", "digit", "-o", "n.pt"), "did you mean 'digits'?"),
+        (("prune", "model.pt", "-s", 0.5, "--data", "digit"), "did you mean 'digits'?"),
+        (("certify", "model.pt", "-m", "ipb"), "ibp"),
+        (("verify", "bundle", "--level", "replays"), "did you mean 'replay'?"),
+        (("gate", "bundle", "--min", "robust_acuracy=0.1"), "did you mean 'robust_accuracy'?"),
+        (("list", "method"), "did you mean 'methods'?"),
+        (("schema", "recipes"), "did you mean 'recipe'?"),
+        (("train", "--data", "digits", "-o", "n.pt", "--arch", "cnn-smal"), "did you mean 'cnn-small'?"),
+        (("train", "--data", "digits", "-o", "n.pt", "--set", "schedule=cosin"), "did you mean 'cosine'?"),
+        (("prune", "model.pt", "-s", 0.5, "--set", "method.allocation=unifrm"), "did you mean 'uniform'?"),
+        (("prune", "model.pt", "-s", 0.5, "--set", "sparsty=0.5"), "did you mean 'sparsity'?"),
+        (("prune", "model.pt", "-s", 0.5, "--set", "method.gama_step=0.5"), "did you mean 'gamma_step'?"),
+        (("evaluate", "model.pt", "--split", "tets"), "did you mean 'test'?"),
+    ],
+)  # fmt: skip
+def test_unknown_name_offers_the_nearest(bench, options, wanted):
+    assert wanted in bench(2, *options)
+
+
+@pytest.mark.parametrize("eps", ["-0.1", "abc", "8/0", "nan", "inf"])
+def test_eps_that_is_no_radius(bench, eps):
+    bench(2, "train", "--data", "digits", "-o", "n.pt", f"--eps={eps}")
+    bench(2, "prune", "model.pt", "-s", 0.5, f"--eps={eps}")
+    bench(2, "certify", "model.pt", f"--eps={eps}")
+
+
+def test_unknown_norm(bench):
+    bench(2, "prune", "model.pt", "-s", 0.5, "--norm", "l1")
+
+
+def test_output_of_unknown_kind(bench):
+    for name in ("new.pkl", "new.onnx", "new.pth"):
+        assert name[3:] in bench(2, "prune", "model.pt", "-s", 0.5, "-o", name)
+        bench(2, "train", "--data", "digits", "-o", name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_device_that_is_not_there(bench):
+    bench(2, "train", "--data", "digits", "-o", "n.pt", "--device", "cuda")
+    bench(2, "prune", "model.pt", "-s", 0.5, "--device", "cuda:3")
+
+
+def test_device_that_does_not_exist(bench):
+    bench(2, "train", "--data", "digits", "-o", "n.pt", "--device", "gpu")
+
+
+def test_train_without_data(bench):
+    assert "--data" in bench(2, "train", "-o", "n.pt")
+
+
+def test_model_file_that_is_missing(bench):
+    for command in (("prune", "-s", 0.5), ("finetune",), ("quantize",), ("certify",), ("evaluate",), ("inspect",)):
+        assert "none.pt" in bench(3, command[0], "none.pt", *command[1:])
+    bench(3, "export", "none.pt", "-o", "new")
+
+
+def test_truncated_model(bench, tmp_path):
+    data = (tmp_path / "model.pt").read_bytes()
+    for share in (0.05, 0.5, 0.99):
+        (tmp_path / "cut.pt").write_bytes(data[: int(len(data) * share)])
+        assert "cut.pt" in bench(3, "prune", "cut.pt", "-s", 0.5)
+        bench(3, "inspect", "cut.pt")
+
+
+def test_truncated_safetensors(bench, tmp_path, call):
+    call("quantize", "model.pt", "-o", "q.safetensors", "-q", cwd=tmp_path)
+    data = (tmp_path / "q.safetensors").read_bytes()
+    for share in (0.001, 0.3, 0.9):
+        (tmp_path / "cut.safetensors").write_bytes(data[: int(len(data) * share)])
+        bench(3, "finetune", "cut.safetensors")
+
+
+def test_changed_file_of_a_stage_folder(bench, tmp_path, call):
+    call("quantize", "model.pt", "-o", "q", "-q", cwd=tmp_path)
+    with (tmp_path / "q" / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    assert "model.safetensors" in bench(5, "certify", "q")
+
+
+@pytest.mark.parametrize("record", [None, "[]", "no json", "{}", '{"files": {}, "metadata": {}}', '{"files": []}'])
+def test_folder_that_is_no_stage(bench, tmp_path, record):
+    (tmp_path / "odd").mkdir()
+    if record is not None:
+        (tmp_path / "odd" / "stage.json").write_text(record)
+    bench(3, "finetune", "odd")
+
+
+def test_stage_folder_that_names_a_file_outside(bench, tmp_path, call):
+    call("quantize", "model.pt", "-o", "q", "-q", cwd=tmp_path)
+    record = json.loads((tmp_path / "q" / "stage.json").read_text())
+    (tmp_path / "outside.safetensors").write_bytes((tmp_path / "q" / "model.safetensors").read_bytes())
+    record["files"]["../outside.safetensors"] = record["files"]["model.safetensors"]
+    (tmp_path / "q" / "stage.json").write_text(json.dumps(record))
+    bench(5, "evaluate", "q", "--limit", 5)
+
+
+def test_pickled_code_is_named_and_never_run(bench, tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"state_dict": Touch(str(trap))}, tmp_path / "evil.pt")
+    for command in (("prune", "evil.pt", "-s", 0.5), ("evaluate", "evil.pt"), ("export", "evil.pt", "-o", "new")):
+        assert "mkdir" in bench(3, *command, "--arch", "cnn-small", "--data", "digits")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Touch(str(trap))))
+    assert "never run" in bench(3, "prune", "bare.pt", "-s", 0.5, "--arch", "cnn-small", "--data", "digits")
+    torch.save(Touch(str(trap)), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    bench(3, "prune", "old.pt", "-s", 0.5, "--arch", "cnn-small", "--data", "digits")
+    assert not trap.exists()
+
+
+def test_pickled_module_names_its_class(bench, tmp_path):
+    torch.save(Net(), tmp_path / "whole.pt")
+    found = bench(3, "prune", "whole.pt", "-s", 0.5, "--arch", "cnn-small", "--data", "digits")
+    assert "Net" in found
+    assert "state_dict()" in found
+
+
+def test_files_that_are_no_model(bench, tmp_path):
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
+            archive.writestr(f"script/{name}", b"x")
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+        archive.writestr("a.txt", b"x")
+    with zipfile.ZipFile(tmp_path / "hollow.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"not a pickle")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "random.pt").write_bytes(np.random.default_rng(0).bytes(4096))
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "tiny.pt").write_bytes(b"\x80")
+    for name in ("script", "zip", "hollow", "empty", "random", "text", "tiny"):
+        assert f"{name}.pt" in bench(3, "prune", f"{name}.pt", "-s", 0.5, "--arch", "cnn-small", "--data", "digits")
+    assert "TorchScript" in bench(3, "evaluate", "script.pt")
+    bench(3, "prune", "bundle/model.onnx", "-s", 0.5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rprune": "not json"}, {"rprune": 3}, {"rprune": "{}"}, {"state_dict": None}, {"masks": [1]},
+        {"state_dict": {"a": 1}}, {"quantization": {"x": torch.zeros(1)}}, {"masks": ...}, {"state_dict": ...},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rprune_file_with_damaged_content(bench, tmp_path, damage):
+    content = torch.load(tmp_path / "model.pt", weights_only=True) | damage
+    torch.save({key: value for key, value in content.items() if value is not ...}, tmp_path / "odd.pt")
+    bench(3, "finetune", "odd.pt", "--epochs", 1)
+    bench(3, "evaluate", "odd.pt", "--limit", 5)
+
+
+def test_state_dict_that_does_not_fit(bench, tmp_path):
+    state = load_artifact(tmp_path / "model.pt").state
+    torch.save(state, tmp_path / "plain.pt")
+    for arch in ("cnn-large", "vgg4"):
+        assert arch in bench(3, "prune", "plain.pt", "-s", 0.5, "--arch", arch, "--data", "digits")
+    fewer = dict(state)
+    for name in ("classifier.2.weight", "classifier.2.bias"):
+        fewer[name] = state[name][:7]
+    torch.save(fewer, tmp_path / "seven.pt")
+    found = bench(3, "prune", "seven.pt", "-s", 0.5, "--arch", "cnn-small", "--data", "digits")
+    assert "classifier.2" in found
+    assert "classes" in found
+    torch.save({"a": 1}, tmp_path / "none.pt")
+    assert "state_dict" in bench(3, "prune", "none.pt", "-s", 0.5, "--arch", "cnn-small", "--data", "digits")
+
+
+def test_data_that_does_not_fit_the_model(bench, tmp_path):
+    images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 3
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "three.npz", **arrays)
+    assert "3" in bench(3, "finetune", "model.pt", "--data", "npz:three.npz")
+
+
+@pytest.mark.parametrize("source", ["npz:none.npz", "imagefolder:none", "cifar10:none"])
+def test_data_that_is_not_there(bench, source):
+    assert "none" in bench(3, "train", "--data", source, "-o", "n.pt")
+
+
+def test_data_that_cannot_be_read(bench, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"nothing")
+    bench(3, "train", "--data", "npz:bad.npz", "-o", "n.pt")
+    np.savez(tmp_path / "few.npz", train_images=np.zeros((4, 8, 8), np.uint8))
+    assert "train_labels" in bench(3, "train", "--data", "npz:few.npz", "-o", "n.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (("name =", "nam ="), "did you mean 'name'?"),
+        (("epochs =", "epochss ="), "did you mean 'stage.0.train.epochs'?"),
+        (('kind = "prune"', 'kind = "prun"'), "did you mean 'prune'?"),
+        (('source = "digits"', 'source = "digits"\nsorce = 1'), "did you mean 'data.source'?"),
+        (("sparsity = 0.5", "sparsity = 1.5"), "sparsity"),
+        (("rprune = 1", "rprune = 2"), "rprune"),
+        (("rprune = 1", "rprune = ="), "TOML"),
+        (("sparsity = 0.5", 'sparsity = 0.5\nmethod = "harpp"'), "did you mean 'harp'?"),
+        (("epochs = 1", 'epochs = 1\nschedule = "cosin"'), "did you mean 'cosine'?"),
+        (("sparsity = 0.5", 'sparsity = 0.5\n[[stage]]\nkind = "export"\nsuite = "pgd11"'), "did you mean 'pgd10'?"),
+        (("rprune = 1", 'rprune = 1\npolicy = "none.toml"'), "none.toml"),
+        (('name = "bad"', 'name = "bad"\n[model]\narch = "cnn-smal"'), "did you mean 'cnn-small'?"),
+    ],
+)
+def test_recipe_with_a_mistake(bench, tmp_path, change, wanted):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace(*change))
+    assert wanted in bench(2, "run", "recipe.toml", "-o", "new")
+    assert wanted in bench(2, "run", "recipe.toml", "-o", "new", "--dry-run")
+
+
+def test_recipe_that_is_missing(bench):
+    bench(2, "run", "none.toml", "-o", "new")
+
+
+@pytest.mark.parametrize(
+    "setting", ["sed=1", "stage.prune.sparsty=0.5", "stage.quantise.bits=8", "seed", "stage=1", "name.x.y=1"]
+)
+def test_bad_override_of_a_recipe(bench, tmp_path, setting):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    bench(2, "run", "recipe.toml", "-o", "new", "--set", setting)
+
+
+@pytest.mark.parametrize("setting", ["epochs", "epochs=0", "epochs=many", "epoch=3", "epochs.x=1", "=3"])
+def test_bad_override_of_a_command(bench, setting):
+    bench(2, "train", "--data", "digits", "-o", "n.pt", "--set", setting)
+
+
+def test_gate_without_a_rule(bench, tmp_path):
+    assert "--min" in bench(2, "gate", "bundle")
+    (tmp_path / "gate.toml").write_text("")
+    bench(2, "gate", "bundle", "--policy", "gate.toml")
+    (tmp_path / "gate.toml").write_text("gate = []")
+    bench(2, "gate", "bundle", "--policy", "gate.toml")
+    bench(2, "gate", "bundle", "--policy", "none.toml")
+
+
+@pytest.mark.parametrize("rule", ["sparsity", "sparsity=", "sparsity=many", "sparsity=nan", "=0.5"])
+def test_gate_rule_that_cannot_be_read(bench, rule):
+    bench(2, "gate", "bundle", "--min", rule)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "null", '{"schema": "rprune.report/9"}', "no json", '"report"'])
+def test_file_that_is_no_report(bench, tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    bench(3, "gate", "other.json", "--min", "sparsity=0.5")
+    bench(3, "report", "other.json")
+
+
+def test_report_of_an_unknown_schema(bench, tmp_path):
+    table = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    (tmp_path / "new.json").write_text(json.dumps(table | {"schema": "rprune.report/2"}))
+    assert "rprune.report/2" in bench(3, "gate", "new.json", "--min", "sparsity=0.5")
+    (tmp_path / "new.json").write_text(json.dumps(table | {"claims": 3}))
+    assert "claims" in bench(3, "gate", "new.json", "--min", "sparsity=0.5")
+
+
+def test_verify_of_a_folder_without_a_report(bench, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bench(3, "verify", "empty")
+    bench(3, "verify", "none")
+
+
+def test_export_with_certificates_of_another_model(bench, tmp_path, chain):
+    shutil.copy(chain / "model-lwm-0.5-finetuned-int8.certificates.json", tmp_path / "c.json")
+    assert "another model" in bench(3, "export", "model.pt", "-o", "new", "--certificates", "c.json")
+
+
+def test_architecture_of_a_file_is_never_imported(bench, tmp_path):
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('trap').mkdir()\ndef factory(): ...\n")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    for name in ("evil:factory", "evil.py:factory", str(tmp_path / "evil.py:factory")):
+        torch.save(content | {"rprune": content["rprune"].replace('"cnn-small"', json.dumps(name))}, tmp_path / "e.pt")
+        assert "evil" in bench(3, "prune", "e.pt", "-s", 0.5)
+    assert not (tmp_path / "trap").exists()
+
+
+def _raise(error: BaseException):
+    def work(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "wanted"),
+    [
+        (ZeroDivisionError("boom"), 70, "internal error: ZeroDivisionError: boom"),
+        (KeyboardInterrupt(), 130, "continues"),
+        (MemoryError(), 4, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 4, "--batch-size"),
+    ],
+)
+def test_failures_have_their_own_codes(call, tmp_path, monkeypatch, error, code, wanted):
+    monkeypatch.setattr("rprune.pipeline.single.run_stage", _raise(error))
+    said = call("train", "--data", "digits", "-o", "n.pt", "-q", cwd=tmp_path)
+    assert said.code == code
+    assert wanted in said.err
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "n.pt").exists()
+
+
+def test_debug_shows_the_traceback(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("rprune.pipeline.single.run_stage", _raise(ZeroDivisionError("boom")))
+    monkeypatch.setenv("RPRUNE_DEBUG", "1")
+    said = call("train", "--data", "digits", "-o", "n.pt", "-q", cwd=tmp_path)
+    assert said.code == 70
+    assert "Traceback" in said.err
+
+
+def test_interrupted_training_continues(call, chain, tmp_path, monkeypatch):
+    """Ctrl-C after the first epoch; the same command ends with the same weights as one that was left alone."""
+    from rprune.cli.console import ProgressLines
+
+    epochs = []
+
+    def stop(_self, _stage, log):
+        epochs.append(log.epoch)
+        if epochs == [1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressLines, "epoch", stop)
+    command = ("finetune", chain / "model-lwm-0.5.pt", "--epochs", 2, "--batch-size", 32, "-o", "n.pt", "-q")
+    assert call(*command, cwd=tmp_path).code == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["n.pt.partial"]
+    assert call(*command, cwd=tmp_path).code == 0
+    assert epochs == [1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["n.pt"]
+    assert load_artifact(tmp_path / "n.pt").digest == load_artifact(chain / "model-lwm-0.5-finetuned.pt").digest
+
+
+def test_codes_of_the_tests_are_the_documented_ones():
+    assert set(EXIT_CODES) == {0, 1, 2, 3, 4, 5, 70, 130}
