@@ -86,10 +86,10 @@ def cross_entropy(y: Int64[Tensor, " b"]) -> Loss:
 
 
 def margin(logits: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """z_y - max_{j != y} z_j: positive where the net is right and sure of it."""
+    """z_y - max_{j != y} z_j: positive where the net is right and sure of it, -inf where logits are not numbers."""
     right = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return right - others
+    return (right - others).nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 def input_gradient(net: nn.Module, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def input_gradient(net: nn.Module, x: Tensor, loss: Loss) -> tuple[Tensor, Tenso
     x = x.detach().requires_grad_()
     logits = net(x)
     (gradient,) = torch.autograd.grad(loss(logits).sum(), x)
-    return gradient, logits.detach()
+    return gradient.nan_to_num(0.0), logits.detach()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +17,7 @@ from torch import Tensor
 from rprune.seeds import derive
 
 
+@runtime_checkable
 class Noise(Protocol):
     def uniform(self, like: Float[Tensor, "b ..."], purpose: str) -> Float[Tensor, "b ..."]:
         """Uniform in [-1, 1], of the shape and device of ``like``."""

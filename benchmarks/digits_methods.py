@@ -26,7 +26,7 @@ SUITE = "pgd50x5"
 
 def measure(seeds: tuple[int, ...]) -> dict[str, Any]:
     """Run everything; a few seconds a row."""
-    from rprune.pipeline.environment import environment, source_digest
+    from rprune.pipeline.environment import environment
     from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, PruneStage, TrainStage
     from rprune.pipeline.single import measure as evaluate
     from rprune.pipeline.stages import Bench, architecture, finetune, prune, train
@@ -63,7 +63,6 @@ def measure(seeds: tuple[int, ...]) -> dict[str, Any]:
         "stages": {name: stage.model_dump(mode="json") for name, stage in stages.items()},
         "seconds": round(time.monotonic() - started),
         "environment": environment("cpu"),
-        "source_sha256": source_digest(),
         "rows": rows,
     }
 

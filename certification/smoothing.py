@@ -32,7 +32,7 @@ class Smoothing:
     """Gaussian noise of ``sigma`` in pixel units, never clamped. Cohen et al. use n0 100, n 100,000, alpha 0.001;
     HYDRA n 10,000, the default here.
 
-    Raises UsageError for sigma <= 0, counts below 1 or alpha outside (0, 1).
+    Raises UsageError for sigma not in (0, inf), counts below 1 or alpha outside (0, 1).
     """
 
     sigma: float = 0.25
@@ -42,7 +42,7 @@ class Smoothing:
     batch: int = 1000
 
     def __post_init__(self) -> None:
-        if not (self.sigma > 0 and self.n0 > 0 and self.n > 0 and 0 < self.alpha < 1 and self.batch > 0):
+        if not (0 < self.sigma < math.inf and self.n0 > 0 and self.n > 0 and 0 < self.alpha < 1 and self.batch > 0):
             raise UsageError(f"smoothing settings out of range: {self}", "sigma > 0, n0 and n >= 1, alpha in (0, 1)")
 
     def certify(self, predict: Predict, x: Float[Tensor, "c h w"], classes: int, seed: int, sample: int) -> Smoothed:
@@ -58,8 +58,10 @@ class Smoothing:
         generator = torch.Generator(x.device).manual_seed(seed)
         counts = torch.zeros(classes, dtype=torch.int64)
         for start in range(0, draws, self.batch):
-            size = (min(self.batch, draws - start), *x.shape)
-            noise = torch.randn(size, generator=generator, device=x.device)
+            count = min(self.batch, draws - start)
+            # torch fills in blocks of 16: rows of whole blocks make the noise independent of the batch size
+            rows = torch.randn(count, -(-x.numel() // 16) * 16, generator=generator, device=x.device)
+            noise = rows[:, : x.numel()].view(count, *x.shape)
             counts += torch.bincount(predict(x + self.sigma * noise).cpu(), minlength=classes)
         return counts
 

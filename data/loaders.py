@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     ids: Int64[Tensor, " b"]  # position of the sample in its split
 
 
+@runtime_checkable
 class Loader(Protocol):
     """Batches of one split."""
 

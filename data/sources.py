@@ -6,13 +6,15 @@ Nothing here uses the network unless ``download`` is true, and torch is imported
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
+from zipfile import BadZipFile
 
 import numpy as np
 
-from rprune.data.splits import ArraySplit, Augment, DataSet, FileSplit, Split, checked, hold_out, read_image
+from rprune.data.splits import ArraySplit, Augment, DataSet, FileSplit, Split, checked, hold_out, opened, read_image
 from rprune.errors import InputError, UsageError, unknown_name
 from rprune.threat import ThreatModel
 
@@ -87,15 +89,19 @@ def _npz(place: str) -> _Found:
     if not path.is_file():
         raise InputError(f"data file {path} is not there", "give the path of an .npz file after 'npz:'")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}", "write it with numpy.savez") from None
     needed = ("train_images", "train_labels", "test_images", "test_labels")
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}", f"needed arrays: {', '.join(needed)}")
-    count = int(max(arrays["train_labels"].max(), arrays["test_labels"].max())) + 1
+    labels = [arrays["train_labels"], arrays["test_labels"]]
+    whole = all(array.size and array.dtype.kind in "iu" for array in labels)
+    if not whole:
+        raise InputError(f"{path} has labels that are not integers, or none", "store labels as integers 0 .. classes-1")
+    count = int(max(array.max() for array in labels)) + 1
     names = arrays.get("class_names")
     classes = tuple(map(str, names)) if names is not None else tuple(map(str, range(count)))
     splits = []
@@ -104,14 +110,14 @@ def _npz(place: str) -> _Found:
         images = images[..., None] if images.ndim == 3 else images
         images = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images
         splits.append(checked(name, images, arrays[f"{name}_labels"].reshape(-1), classes, str(path)))
+    if splits[0].shape != splits[1].shape:
+        raise InputError(f"{path}: train images are {splits[0].shape}, test images {splits[1].shape}", "use one shape")
     augment: Augment = "crop-flip" if splits[0].shape[0] == 3 else "none"
     return splits[0], splits[1], classes, augment, "8/255"
 
 
 def _imagefolder(place: str) -> _Found:
     """DIR/train/CLASS/*.png and DIR/test (or val) likewise; or DIR/CLASS/*.png, of which 20 % become the test split."""
-    from PIL import Image
-
     folder, _, query = place.partition("?")
     root = Path(folder)
     if not root.is_dir():
@@ -126,7 +132,7 @@ def _imagefolder(place: str) -> _Found:
         first = next(iter(_image_files(train_root, classes)), None)
         if first is None:
             raise InputError(f"no images below {train_root}", f"known suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}")
-        with Image.open(first[0]) as image:
+        with opened(first[0]) as image:
             channels, (width, height) = (1 if image.mode in ("1", "L") else 3), image.size
     else:
         channels, height, width = 3, size, size
@@ -139,7 +145,7 @@ def _imagefolder(place: str) -> _Found:
             raise InputError(f"no images below {base}", "put images in one sub-folder a class")
         if size is None:
             for path in split.paths:
-                with Image.open(path) as image:
+                with opened(path) as image:
                     if image.size != (width, height):
                         raise InputError(
                             f"{path} is {image.width}x{image.height}, others {width}x{height}",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,32 +121,43 @@ def hold_out(split: Split, fraction: float, names: tuple[str, str]) -> tuple[Spl
     return split.select(np.sort(order[cut:]), names[0]), split.select(np.sort(order[:cut]), names[1])
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> Images:
-    """Decode an image file to uint8 ``shape``: resize the short side, then crop the centre."""
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A PIL image; InputError when it cannot be opened or decoded."""
     from PIL import Image, UnidentifiedImageError
 
-    channels, height, width = shape
     try:
-        with Image.open(path) as file:
-            image: Image.Image = file.convert("L" if channels == 1 else "RGB")
-            if image.size != (width, height):
-                scale = max(width / image.width, height / image.height)
-                wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-                image = image.resize((wide, high), Image.Resampling.BILINEAR)
-                left, top = (wide - width) // 2, (high - height) // 2
-                image = image.crop((left, top, left + width, top + height))
-            array = np.asarray(image, dtype=np.uint8)
+        with Image.open(path) as image:
+            yield image
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"cannot read image {path}: {error}", "remove or repair the file") from None
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> Images:
+    """Decode an image file to uint8 ``shape``: resize the short side, then crop the centre."""
+    from PIL import Image
+
+    channels, height, width = shape
+    with opened(path) as file:
+        image: Image.Image = file.convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            scale = max(width / image.width, height / image.height)
+            wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+            image = image.resize((wide, high), Image.Resampling.BILINEAR)
+            left, top = (wide - width) // 2, (high - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        array = np.asarray(image, dtype=np.uint8)
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def checked(name: str, images: Images, labels: NDArray[np.integer], classes: Sequence[str], origin: str) -> ArraySplit:
+def checked(name: str, images: NDArray[Any], labels: NDArray[Any], classes: Sequence[str], origin: str) -> ArraySplit:
     """An ArraySplit from outside data, or an InputError that names what is wrong with it."""
     if images.dtype != np.uint8:
         raise InputError(f"{origin}: {name} images are {images.dtype}", "store pixels as uint8 (0..255)")
     if images.ndim != 4 or len(images) != len(labels) or len(labels) == 0:
         raise InputError(f"{origin}: {name} has images {images.shape} and labels {labels.shape}", "need one label each")
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"{origin}: {name} labels are {labels.dtype}", "store labels as integers")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise InputError(
             f"{origin}: {name} labels run from {labels.min()} to {labels.max()} for {len(classes)} classes",

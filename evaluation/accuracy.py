@@ -35,12 +35,13 @@ class Predictions:
 
 
 def classes_of(net: nn.Module) -> Predict:
-    """The predictor of a torch network."""
+    """The predictor of a torch network; a class of -1, wrong for every label, where logits are not numbers."""
 
     def predict(x: Tensor) -> Tensor:
         with torch.no_grad():
-            classes: Tensor = net(x).argmax(1)
-        return classes
+            logits = net(x)
+        classes: Tensor = logits.argmax(1)
+        return classes.masked_fill(logits.isnan().any(1), -1)
 
     return predict
 

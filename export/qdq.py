@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from rprune.models.graph import layer, output_of
-from rprune.quantization.simulate import QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, Scale
+from rprune.quantization.simulate import QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, QOutput, Scale
 
 OPSET = 18
 IR_VERSION = 10
@@ -50,6 +50,8 @@ class _Writer:
         """Append the nodes of one layer; returns the name of its real-valued output."""
         if isinstance(module, QInput):
             return self._requantize(inputs[0], module.out, target)
+        if isinstance(module, QOutput):
+            return self._op("Identity", inputs, target, exact=True)
         if isinstance(module, QMatmul):
             return self._matmul(module, name, inputs[0], target)
         if isinstance(module, QAdd):

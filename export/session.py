@@ -46,9 +46,9 @@ class OnnxClassifier:
         return np.concatenate(parts)
 
     def predict(self, images: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Class of the largest logit, the first of equals."""
-        classes: NDArray[np.int64] = self.logits(images).argmax(1)
-        return classes
+        """Class of the largest logit, the first of equals; -1, wrong for every label, where logits are not numbers."""
+        logits = self.logits(images)
+        return np.where(np.isnan(logits).any(1), -1, logits.argmax(1))
 
 
 def load_onnx(path: Path) -> Any:

@@ -105,9 +105,13 @@ class _Tracer(fx.Tracer):
 
 
 def _rewrite(network: fx.GraphModule, node: fx.Node) -> None:
+    if _changes_input(network, node) and len(_inputs(node)[0].users) > 1:
+        raise InputError(f"node {node.name}: in-place ReLU of a value that is used again", "write inplace=False")
     if node.op == "call_module":
         module = layer(network, node)
-        if isinstance(module, DROPPED):
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+        elif isinstance(module, DROPPED):
             _bypass(network, node)
         elif isinstance(module, Normalize):
             _replace(network, node, Affine(1 / module.std, -module.mean / module.std))
@@ -120,6 +124,15 @@ def _rewrite(network: fx.GraphModule, node: fx.Node) -> None:
             _bypass(network, node)
         elif new is not None:
             _replace(network, node, new)
+
+
+def _changes_input(network: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = layer(network, node)
+        return isinstance(module, nn.ReLU) and module.inplace
+    return node.target in ("relu_", torch.relu_) or (
+        node.target is F.relu and bool(_argument(node, 1, "inplace", False))
+    )
 
 
 def _adaptive_pool(wanted: Any, shape: tuple[int, ...]) -> nn.Module | None:
@@ -141,9 +154,26 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def _max_pool(node: fx.Node) -> nn.Module:
+    kernel, stride, padding, dilation = _arguments(
+        node, {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1}
+    )
+    ceil, indices = _argument(node, 5, "ceil_mode", False), _argument(node, 6, "return_indices", False)
+    return nn.MaxPool2d(kernel, stride, padding, dilation, indices, ceil)
+
+
+POOL = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False}
+
+
+def _arguments(node: fx.Node, defaults: dict[str, Any]) -> list[Any]:
+    """Arguments of a call after its first, by position or keyword, in the order of ``defaults``."""
+    return [_argument(node, place, name, default) for place, (name, default) in enumerate(defaults.items(), 1)]
+
+
 def _mean(node: fx.Node) -> nn.Module | None:
-    axes = tuple(sorted(d % 4 for d in _argument(node, 1, "dim", ())))
-    if axes != (2, 3):
+    wanted = _argument(node, 1, "dim", ())
+    axes = {d % 4 for d in ((wanted,) if isinstance(wanted, int) else wanted)}
+    if axes != {2, 3} or len(_shape(node.args[0])) != 4:
         return None
     return GlobalAvgPool() if _argument(node, 2, "keepdim", False) else nn.Sequential(GlobalAvgPool(), nn.Flatten())
 
@@ -175,12 +205,8 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], nn.Module | None]] = {
     torch.mean: _mean,
     "mean": _mean,
     F.adaptive_avg_pool2d: lambda n: _adaptive_pool(_argument(n, 1, "output_size", None), _shape(n.args[0])),
-    F.avg_pool2d: lambda n: nn.AvgPool2d(
-        _argument(n, 1, "kernel_size", None), _argument(n, 2, "stride", None), _argument(n, 3, "padding", 0)
-    ),
-    F.max_pool2d: lambda n: nn.MaxPool2d(
-        _argument(n, 1, "kernel_size", None), _argument(n, 2, "stride", None), _argument(n, 3, "padding", 0)
-    ),
+    F.avg_pool2d: lambda n: nn.AvgPool2d(*_arguments(n, POOL | {"count_include_pad": True, "divisor_override": None})),
+    F.max_pool2d: _max_pool,
 }
 
 
@@ -220,6 +246,8 @@ def _fold_batch_norm(network: fx.GraphModule) -> None:
     for node in list(network.graph.nodes):
         if node.op != "call_module" or not isinstance(norm := layer(network, node), nn.BatchNorm2d | nn.BatchNorm1d):
             continue
+        if norm.running_mean is None or norm.running_var is None:
+            raise InputError(f"node {node.name}: batch norm without running statistics", "track_running_stats=True")
         (before,) = _inputs(node)
         source = layer(network, before) if before.op == "call_module" else None
         if isinstance(source, nn.Conv2d | nn.Linear) and len(before.users) == 1:
@@ -230,8 +258,6 @@ def _fold_batch_norm(network: fx.GraphModule) -> None:
             network.set_submodule(str(before.target), folded)
             _bypass(network, node)
         else:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
             scale = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
             shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
             shape = (1, -1, *(1,) * (len(_shape(node)) - 2))
@@ -241,6 +267,8 @@ def _fold_batch_norm(network: fx.GraphModule) -> None:
 def _check(network: fx.GraphModule) -> None:
     seen: set[str] = set()
     for node in network.graph.nodes:
+        if node.op == "output" and not isinstance(node.args[0], fx.Node):
+            raise InputError("the model returns more than one tensor", "return the logits alone")
         if node.op in ("placeholder", "output"):
             continue
         what = type(layer(network, node)).__name__ if node.op == "call_module" else str(node.target)
@@ -257,8 +285,6 @@ def _check(network: fx.GraphModule) -> None:
             if str(node.target) in seen:
                 raise InputError(f"node {node.name}: layer {node.target} is used twice", "give each use its own layer")
             seen.add(str(node.target))
-    if not isinstance(output_of(network), fx.Node):
-        raise InputError("the model returns more than one tensor", "return the logits alone")
 
 
 def _limit(module: nn.Module) -> str:

@@ -7,7 +7,6 @@ from the range seen on calibration data. Pixels: scale 1/255, zero point 0: an 8
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from rprune.errors import WorkError
 from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, output_of
-from rprune.quantization.simulate import LEVELS, QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, Scale
+from rprune.quantization.simulate import LEVELS, QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, QOutput, Scale
 
 WEIGHT_LEVELS = 127
 BIAS_LIMIT = 1 << 23  # keeps int32 biases and accumulators of dead channels far from overflow
@@ -57,7 +56,7 @@ class Quantization:
         return cls(scales, parts["weights"], parts["biases"], parts["weight_scales"])
 
 
-def quantize(network: fx.GraphModule, calibration: Iterable[Float[Tensor, "b c h w"]]) -> Quantization:
+def quantize(network: fx.GraphModule, calibration: Iterable[Float[Tensor, "_ c h w"]]) -> Quantization:
     """Scales from the ranges on ``calibration`` batches, and integer weights. ``network`` comes from ``trace``.
 
     Raises WorkError when an activation is not finite.
@@ -99,6 +98,9 @@ def simulated(network: fx.GraphModule, quantization: Quantization) -> fx.GraphMo
             name = str(node.target) if str(node.target) in quantization.weights else f"q_{node.name}"
             result.add_submodule(name, _quantized(plan, node, quantization))
             twin.target = name
+    if plan.last is None:
+        final = output_of(result)
+        _insert_after(result, final, "dequantize_output", QOutput(scales[plan.kernel(output_of(network)).name]))
     result.delete_all_unused_submodules()
     result.recompile()
     return result.eval()
@@ -109,14 +111,14 @@ class _Plan:
 
     def __init__(self, network: fx.GraphModule) -> None:
         self.network = network
-        self.last = output_of(network)
         self.fused: dict[fx.Node, fx.Node] = {}  # ReLU -> the node it is part of
         for node in network.graph.nodes:
             users = list(node.users)
             if self._computes(node) and len(users) == 1 and self._is(users[0], nn.ReLU):
                 self.fused[users[0]] = node
-        if self.last in self.fused:
-            self.last = self.fused[self.last]
+        final = output_of(network)
+        # a product at the very end leaves real logits; anything else is quantised and brought back
+        self.last = final if self._is(final, nn.Conv2d | nn.Linear) else None
 
     def _is(self, node: fx.Node, kind: Any) -> bool:
         return node.op == "call_module" and isinstance(layer(self.network, node), kind)
@@ -138,7 +140,11 @@ class _Plan:
         """The kernel that made an input of ``node``."""
         given = node.args[position]
         assert isinstance(given, fx.Node)
-        return self.fused.get(given, given)
+        return self.kernel(given)
+
+    def kernel(self, node: fx.Node) -> fx.Node:
+        """The node that stands for the kernel which computes ``node``."""
+        return self.fused.get(node, node)
 
 
 def _quantized(plan: _Plan, node: fx.Node, quantization: Quantization) -> nn.Module:
@@ -151,10 +157,7 @@ def _quantized(plan: _Plan, node: fx.Node, quantization: Quantization) -> nn.Mod
         return QMatmul(module, q.weights[name], q.biases[name], q.weight_scales[name], given, out, relu)
     if plan.keeps(node):
         return QKeep(module, given)
-    if out is None:
-        raise WorkError(
-            f"the last layer is {type(module).__name__}", "quantization needs a linear or conv layer at the end"
-        )
+    assert out is not None
     if isinstance(module, Add):
         return QAdd(given, scales[plan.source(node, 1).name], out, relu)
     if isinstance(module, Affine):
@@ -178,6 +181,8 @@ class _Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
+            if not bool(torch.isfinite(value).all()):
+                raise WorkError(f"activation {n.name} is not finite on the calibration data", "the model has diverged")
             low, high = self.ranges.get(n.name, (0.0, 0.0))  # zero is always representable
             self.ranges[n.name] = (min(low, value.min().item()), max(high, value.max().item()))
         return value
@@ -188,11 +193,6 @@ def _observe(network: fx.GraphModule, calibration: Iterable[Tensor]) -> dict[str
     with torch.no_grad():
         for batch in calibration:
             observer.run(batch.cpu())
-    for name, (low, high) in observer.ranges.items():
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise WorkError(
-                f"activation {name} is not finite on the calibration data", "the model has diverged; retrain it"
-            )
     return observer.ranges
 
 

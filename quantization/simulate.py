@@ -21,21 +21,29 @@ LEVELS = 255
 EXACT_FLOAT32 = 1 << 24  # every integer below is a float32
 
 
-class _Round(torch.autograd.Function):
-    """Round half to even; the gradient passes through (straight-through estimator)."""
+class _Rounded(torch.autograd.Function):
+    """clamp(rint(x) + zero_point, low, LEVELS), half to even.
+
+    The gradient passes straight through wherever nothing is clamped, both ends included: torch's own clamp stops it at
+    the ends, which would blind attacks at black and at white pixels.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        return x.round()
+    def forward(ctx: Any, x: Tensor, zero_point: int, low: int) -> Tensor:
+        rounded = x.round() + zero_point
+        ctx.save_for_backward((rounded >= low) & (rounded <= LEVELS))
+        return rounded.clamp_(low, LEVELS)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
-        return grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None
 
 
-def rint(x: Tensor) -> Tensor:
-    rounded: Tensor = _Round.apply(x)
-    return rounded
+def to_integers(steps: Tensor, zero_point: int, low: int = 0) -> Tensor:
+    """Real values in units of the scale to integers ``low``..255 around the zero point."""
+    integers: Tensor = _Rounded.apply(steps, zero_point, low)
+    return integers
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Scale:
     zero_point: int
 
     def quantize(self, real: Tensor) -> Tensor:
-        return (rint(real / self.scale) + self.zero_point).clamp(0, LEVELS)
+        return to_integers(real / self.scale, self.zero_point)
 
     def dequantize(self, q: Tensor) -> Tensor:
         return (q - self.zero_point) * self.scale
@@ -65,6 +73,20 @@ class QInput(nn.Module):
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         # quantised in float32, where the network itself does it
         return self(lo.float()).to(lo.dtype), self(hi.float()).to(hi.dtype)
+
+
+class QOutput(nn.Module):
+    """Integers to real logits, where the last layer does not leave them real itself."""
+
+    def __init__(self, given: Scale) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.given.dequantize(q.float())
+
+    def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        return self(lo).double(), self(hi).double()
 
 
 class QMatmul(nn.Module):
@@ -127,8 +149,7 @@ class QMatmul(nn.Module):
         if self.out is None:
             return accumulator.float() * real_scale.view(shape)
         scaled = accumulator.float() * (real_scale / torch.tensor(self.out.scale, dtype=torch.float32)).view(shape)
-        low = self.out.zero_point if self.relu else 0
-        return (rint(scaled) + self.out.zero_point).clamp(low, LEVELS)
+        return to_integers(scaled, self.out.zero_point, self.out.zero_point if self.relu else 0)
 
 
 class QAdd(nn.Module):
@@ -148,8 +169,7 @@ class QAdd(nn.Module):
     def forward(self, qa: Tensor, qb: Tensor) -> Tensor:
         inner = (qb.double() * self.rb + self.offset).float()
         total = (qa.double() * self.ra + inner.double()).float()
-        low = self.out.zero_point if self.relu else 0
-        return rint(total).clamp(low, LEVELS)
+        return to_integers(total, 0, self.out.zero_point if self.relu else 0)
 
     def interval(self, alo: Tensor, ahi: Tensor, blo: Tensor, bhi: Tensor) -> tuple[Tensor, Tensor]:
         return self(alo, blo).to(alo.dtype), self(ahi, bhi).to(ahi.dtype)
@@ -173,7 +193,7 @@ class QAvgPool(nn.Module):
             count = height * width
         f32 = torch.float32
         scale = torch.tensor(self.given.scale, dtype=f32) / (count * torch.tensor(self.out.scale, dtype=f32))
-        return (rint(total.float() * scale.to(q.device)) + self.out.zero_point).clamp(0, LEVELS)
+        return to_integers(total.float() * scale.to(q.device), self.out.zero_point)
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return self(lo).to(lo.dtype), self(hi).to(hi.dtype)

@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import beartype
+from beartype import BeartypeConf
 from jaxtyping import install_import_hook
 
 CHECKED = ("attacks", "certification", "data", "evaluation", "objectives", "pruning", "quantization", "training")
+# an int may stand where a float is annotated (PEP 484's numeric tower)
+beartype.beartype = beartype.beartype(conf=BeartypeConf(is_pep484_tower=True))
 install_import_hook([f"rprune.{name}" for name in CHECKED], "beartype.beartype")
 
 import pytest  # noqa: E402  the hook must come before the first import of rprune
@@ -34,7 +38,11 @@ def load_helper():
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[key] = module
-            spec.loader.exec_module(module)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[key]
+                raise
         return sys.modules[key]
 
     return load

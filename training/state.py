@@ -22,5 +22,6 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise InputError(f"cannot resume from {path}: {error}", "delete it, or start over with --no-resume") from None
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is not the state of a stage", "delete it, or start over with --no-resume")
     return state

@@ -333,3 +333,15 @@ def test_unknown_suite_offers_the_nearest():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(UsageError):
         ATTACKS.build({"name": "pgd", **options})
+
+
+def test_every_restart_starts_elsewhere(scene):
+    net, x, y = scene
+    points = []
+    handle = net.register_forward_pre_hook(lambda _, inputs: points.append(inputs[0].detach().clone()))
+    PGD(steps=1, restarts=3, overshoot=math.inf).evaluate(net, x, y, THREATS[0], keyed(len(x)))
+    handle.remove()
+    starts = points[::2]
+    assert len(starts) == 3
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (starts[a] == starts[b]).double().mean() < 0.2  # equal where the box cuts both

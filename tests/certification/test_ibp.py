@@ -180,7 +180,8 @@ def two_pixels(*layers: nn.Module):
 
 
 def grid(lo: Tensor, hi: Tensor, steps: int = 101) -> Tensor:
-    axes = [torch.linspace(float(a), float(b), steps, dtype=torch.float64) for a, b in zip(lo.flatten(), hi.flatten())]
+    ends = torch.stack([lo.flatten(), hi.flatten()], 1).tolist()
+    axes = [torch.linspace(*pair, steps, dtype=torch.float64) for pair in ends]
     return torch.cartesian_prod(*axes).view(-1, 1, 1, 2)
 
 
@@ -337,13 +338,12 @@ def test_certified_samples_survive_the_attack(trained: Trained, kind: str) -> No
     net = trained.twin if kind == "int8" else trained.network
     x, y = trained.x, trained.y
     shares = []
-    for eps in ("1/255", "2/255", "3/255"):
+    for eps in ("1/255", "2/255"):
         threat = ThreatModel("linf", eps)
         with torch.no_grad():
             right = net(x).argmax(1) == y
         proved = certified(net, x, y, threat)
         shares.append(float(proved.float().mean()))
-        print(shares)
         assert bool((right | ~proved).all())
         keyed = Keyed(0, torch.nonzero(proved).flatten())
         found = PGD(steps=50, restarts=3, overshoot=math.inf).evaluate(net, x[proved], y[proved], threat, keyed)

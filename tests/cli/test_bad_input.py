@@ -177,15 +177,6 @@ def test_folder_that_is_no_stage(bench, tmp_path, record):
     bench(3, "finetune", "odd")
 
 
-def test_stage_folder_that_names_a_file_outside(bench, tmp_path, call):
-    call("quantize", "model.pt", "-o", "q", "-q", cwd=tmp_path)
-    record = json.loads((tmp_path / "q" / "stage.json").read_text())
-    (tmp_path / "outside.safetensors").write_bytes((tmp_path / "q" / "model.safetensors").read_bytes())
-    record["files"]["../outside.safetensors"] = record["files"]["model.safetensors"]
-    (tmp_path / "q" / "stage.json").write_text(json.dumps(record))
-    bench(5, "evaluate", "q", "--limit", 5)
-
-
 def test_pickled_code_is_named_and_never_run(bench, tmp_path):
     trap = tmp_path / "trap"
     torch.save({"state_dict": Touch(str(trap))}, tmp_path / "evil.pt")

@@ -110,7 +110,7 @@ def test_model_that_torch_cannot_export_is_a_work_error(nets) -> None:
     assert "\n" not in caught.value.message
 
 
-def test_stamp_replaces_the_metadata(nets, exported) -> None:
+def test_stamp_replaces_the_metadata(exported) -> None:
     model = load_onnx(exported("cnn-small")[1])
     stamp(model, {"old": "1"})
     stamp(model, {"labels": "0,1", "input": "[0,1]"})

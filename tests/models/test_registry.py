@@ -149,8 +149,8 @@ def test_factories_that_cannot_be_used(own: str, tmp_path: Path) -> None:
     for factory, reason in (
         ("not_a_model", "not a torch.nn.Module"),
         ("breaks", "boom"),
-        ("constant", "no function"),
-        ("absent", "no function"),
+        ("constant", "cannot be called"),
+        ("absent", "has no"),
     ):
         with pytest.raises(InputError, match=reason):
             make(f"{own}:{factory}")

@@ -127,6 +127,22 @@ def test_masks_hold_while_fine_tuning(finished, tiny, name):
     assert all(not torch.equal(weight, before[layer]) for layer, weight in prunable(model).items())
 
 
+def test_fixed_masks_gradients_before_the_step_and_weights_after_it(tiny):
+    model = tiny.net()
+    masks = {name: w > 0 for name, w in prunable(model).items()}
+    pruner = Fixed(model, masks)
+    check_held(prunable(model), masks)
+    for weight in prunable(model).values():
+        weight.grad = torch.ones_like(weight)
+    pruner.before_step()
+    assert all(torch.equal(w.grad, masks[name].to(w.dtype)) for name, w in prunable(model).items())
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight.sub_(1)
+    pruner.after_step()
+    check_held(prunable(model), masks)
+
+
 @every_method
 def test_model_runs_with_the_pruners_masks_at_every_step(tiny, name):
     model = tiny.net()

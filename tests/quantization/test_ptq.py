@@ -146,7 +146,7 @@ def test_gradient_passes_at_black_and_white_pixels() -> None:
 
 def reference_convolution(q, weight, bias, zero, stride: int, padding: int, dilation: int, groups: int):
     """int64 accumulators of a convolution, one product at a time."""
-    count, channels, height, width = q.shape
+    count, _, height, width = q.shape
     out, part, kernel, _ = weight.shape
     sides = [(side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for side in (height, width)]
     result = np.zeros((count, out, *sides), np.int64)

@@ -153,7 +153,7 @@ def test_convolution_used_beside_its_batch_norm_is_not_folded() -> None:
 
 
 def test_in_place_relu_that_other_nodes_see_is_never_computed_differently() -> None:
-    def body(m: nn.Module, x: Tensor) -> Tensor:
+    def body(_: nn.Module, x: Tensor) -> Tensor:
         y = F.relu(x, inplace=True)
         return (x + y).flatten(1)
 
@@ -236,5 +236,5 @@ def test_control_flow_on_values_is_an_input_error() -> None:
 
 
 def test_mobilenet_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="ReLU6|Hardtanh"):
+    with pytest.raises(InputError, match=r"ReLU6|Hardtanh"):
         trace(build(Architecture("torchvision:mobilenet_v2", 10, (3, 32, 32))), (3, 32, 32))

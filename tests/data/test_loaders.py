@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rprune.data.loaders import CROP_PADDING, Resident, augmented, to_unit
+
+AUGMENTS = ("none", "crop", "crop-flip")
+
+
+def images(count: int = 40, shape: tuple[int, int, int] = (3, 9, 7)) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 256, (count, *shape), generator=generator, dtype=torch.uint8)
+
+
+def resident(count: int = 40) -> Resident:
+    return Resident(images(count), torch.arange(count) % 10)
+
+
+def candidates(image: Tensor, flips: tuple[bool, ...]) -> dict[bytes, tuple[int, int, bool]]:
+    """Every crop of the zero-padded image, and which it is."""
+    pad = CROP_PADDING
+    channels, height, width = image.shape
+    padded = np.zeros((channels, height + 2 * pad, width + 2 * pad), np.uint8)
+    padded[:, pad : pad + height, pad : pad + width] = image.numpy()
+    found = {}
+    for top, left, flip in itertools.product(range(2 * pad + 1), range(2 * pad + 1), flips):
+        crop = padded[:, top : top + height, left : left + width]
+        found[(crop[:, :, ::-1] if flip else crop).tobytes()] = (top, left, flip)
+    return found
+
+
+@pytest.mark.parametrize(("augment", "flips"), [("crop", (False,)), ("crop-flip", (False, True))])
+def test_augmentation_makes_shifts_and_flips_alone(augment: str, flips: tuple[bool, ...]) -> None:
+    assert CROP_PADDING == 4
+    x = images(60)
+    got = augmented(x, torch.Generator().manual_seed(1), augment)
+    bytes_of = (got * 255).round().to(torch.uint8)
+    assert torch.equal(to_unit(bytes_of), got)
+    drawn = []
+    for image, result in zip(x, bytes_of, strict=True):
+        every = candidates(image, flips)
+        assert len(every) == 81 * len(flips)
+        drawn.append(every[result.numpy().tobytes()])
+    assert {flip for *_, flip in drawn} == set(flips)
+    assert len({top for top, *_ in drawn}) == 9
+    assert len({left for _, left, _ in drawn}) == 9
+    assert len(set(drawn)) > 30
+
+
+def test_every_shift_and_flip_is_about_equally_likely() -> None:
+    image = images(1)
+    every = candidates(image[0], (False, True))
+    got = augmented(image.expand(8100, -1, -1, -1), torch.Generator().manual_seed(0), "crop-flip")
+    rows = (got * 255).round().to(torch.uint8).numpy()
+    draws = [every[row.tobytes()] for row in rows]
+    assert len(set(draws)) == 162
+    counts = np.unique([top * 18 + left * 2 + flip for top, left, flip in draws], return_counts=True)[1]
+    assert counts.min() > 20  # 50 expected, standard deviation 7
+    assert counts.max() < 90
+
+
+def test_no_augmentation_is_exact() -> None:
+    x = images()
+    got = augmented(x, torch.Generator(), "none")
+    assert torch.equal(got, x.float() / 255)
+    assert torch.equal((got * 255).to(torch.uint8), x)
+    assert got.dtype == torch.float32
+
+
+def test_augmentation_leaves_the_images_alone() -> None:
+    data = resident()
+    before = data.images.clone()
+    for augment in AUGMENTS:
+        for batch in data.shuffled(16, torch.Generator(), augment):
+            batch.x.zero_()
+    assert torch.equal(data.images, before)
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("batch_size", [1, 7, 40, 100])
+def test_every_epoch_visits_every_sample_once(augment: str, batch_size: int) -> None:
+    data = resident()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        batches = list(data.shuffled(batch_size, generator, augment))
+        ids = torch.cat([batch.ids for batch in batches])
+        assert sorted(ids.tolist()) == list(range(40))
+        assert [len(batch.y) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        assert torch.equal(torch.cat([batch.y for batch in batches]), data.labels[ids])
+        if augment == "none":
+            assert torch.equal(torch.cat([batch.x for batch in batches]), data.images[ids].float() / 255)
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_epoch_is_reproduced_by_its_generator(augment: str) -> None:
+    data = resident()
+
+    def epochs(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        torch.rand(3)  # the global generator plays no part
+        return [t for _ in range(2) for batch in data.shuffled(9, generator, augment) for t in batch]
+
+    one, two, other = epochs(4), epochs(4), epochs(5)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[2], other[2])
+    assert not torch.equal(one[2], one[len(one) // 2 + 2])
+
+
+@pytest.mark.parametrize("limit", [None, 1, 17, 40, 500])
+def test_ordered_gives_the_first_samples_as_they_are(limit: int | None) -> None:
+    data = resident()
+    batches = list(data.ordered(8, limit))
+    n = min(limit or 40, 40)
+    assert torch.equal(torch.cat([batch.ids for batch in batches]), torch.arange(n))
+    assert torch.equal(torch.cat([batch.x for batch in batches]), data.images[:n].float() / 255)
+    assert torch.equal(torch.cat([batch.y for batch in batches]), data.labels[:n])
+    assert len(data) == 40

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rprune.attacks.base import Attack, Found
+from rprune.attacks.fgsm import FGSM
+from rprune.attacks.pgd import PGD
+from rprune.certification.ibp import certified
+from rprune.certification.smoothing import ABSTAIN, Smoothed, Smoothing
+from rprune.data.loaders import Resident
+from rprune.evaluation.accuracy import classes_of, predictions
+from rprune.evaluation.certificates import SmoothedSet, certify_ibp, certify_smoothing
+from rprune.evaluation.robustness import robustness
+from rprune.models.graph import trace
+from rprune.threat import ThreatModel
+
+SHAPE = (1, 4, 4)
+THREAT = ThreatModel("linf", "0.1")
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.hidden, self.head = nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(x.flatten(1))))
+
+
+class Constant(nn.Module):
+    """Always certain of one class, with a gradient of nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3] * 0 + torch.tensor([1.0, 0.0, 0.0])
+
+
+def dataset(net: nn.Module, n: int = 60, wrong: int = 6) -> Resident:
+    """Images labelled by the net itself, the first ``wrong`` of them falsely."""
+    images = torch.randint(0, 256, (n, *SHAPE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    labels = classes_of(net)(images.float() / 255)
+    labels[:wrong] = (labels[:wrong] + 1) % 3
+    return Resident(images, labels)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def data(net: Net) -> Resident:
+    return dataset(net)
+
+
+ATTACK = PGD(steps=5, restarts=2)
+
+
+def run(net, data, *, search=None, verify=None, attacks=(ATTACK,), **options):
+    return robustness(search or [net], verify or classes_of(net), data, THREAT, list(attacks), **options)
+
+
+def test_some_samples_break_and_some_do_not(net: Net, data: Resident) -> None:
+    found = run(net, data)
+    assert 0 < found.correct < found.clean.correct == 54
+
+
+def test_reported_points_lie_in_the_ball_and_fool_the_artifact(net: Net, data: Resident) -> None:
+    found = run(net, data)
+    images = data.images.float() / 255
+    assert float((found.points - images[found.broken_ids]).abs().max()) <= THREAT.eps + 1e-6
+    assert bool(((found.points >= 0) & (found.points <= 1)).all())
+    assert torch.equal(classes_of(net)(found.points), found.adversarial)
+    assert bool((found.adversarial != data.labels[found.broken_ids]).all())
+    assert found.broken_ids.tolist() == sorted(set(found.broken_ids.tolist()))
+    assert len(found.broken_by) == len(found.broken_ids)
+    assert set(found.broken_by) == {"pgd"}
+
+
+def test_only_the_verdict_of_the_artifact_counts(net: Net, data: Resident) -> None:
+    labels = data.labels.clone()
+    position = {image.numpy().tobytes(): i for i, image in enumerate(data.images.float() / 255)}
+    seen: list[int] = []
+
+    def always_right(x: Tensor) -> Tensor:
+        known = [position.get(image.numpy().tobytes()) for image in x]
+        if None not in known:
+            seen[:] = [k for k in known if k is not None]
+            return labels[seen]
+        return labels[seen]  # points of an attack on the one clean batch, all of which is alive
+
+    found = run(net, data, verify=always_right, batch_size=60)
+    assert found.correct == 60
+    assert found.misses > 0
+    assert len(found.broken_ids) == 0
+    assert found.points.shape == (0, *SHAPE)
+    honest = run(net, data)
+    assert honest.misses == 0
+
+
+def test_artifact_that_breaks_where_the_search_net_does_not_counts_as_broken(net: Net, data: Resident) -> None:
+    # labels of 0 alone: the search net is right everywhere, the artifact is wrong off the images themselves
+    zeros = Resident(data.images, torch.zeros(60, dtype=torch.int64))
+    known = {image.numpy().tobytes() for image in data.images.float() / 255}
+
+    def brittle(x: Tensor) -> Tensor:
+        return torch.tensor([0 if image.numpy().tobytes() in known else 2 for image in x])
+
+    found = run(net, zeros, search=[Constant().eval()], verify=brittle, attacks=[PGD(steps=1)])
+    assert found.clean.correct == 60
+    assert found.correct == 0
+    assert found.misses == 0
+    assert found.adversarial.tolist() == [2] * 60
+
+
+def test_clean_errors_are_not_robust_and_not_attacked(net: Net, data: Resident) -> None:
+    found = run(net, data)
+    assert not found.robust[:6].any()
+    assert not set(found.broken_ids.tolist()) & set(range(6))
+    assert torch.equal(found.clean.right, torch.arange(60) >= 6)
+    everything_wrong = Resident(data.images, (classes_of(net)(data.images.float() / 255) + 1) % 3)
+    nothing = run(net, everything_wrong)
+    assert (nothing.correct, nothing.queries, nothing.misses, len(nothing.broken_ids)) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("attack", [ATTACK, FGSM(), PGD(steps=3, start="near", loss="margin")])
+def test_batch_size_does_not_matter(net: Net, data: Resident, attack: Attack) -> None:
+    whole = run(net, data, attacks=[attack], batch_size=60)
+    for size in (1, 7, 59):
+        found = run(net, data, attacks=[attack], batch_size=size)
+        assert torch.equal(found.robust, whole.robust)
+        assert torch.equal(found.broken_ids, whole.broken_ids)
+        assert found.queries == whole.queries
+        torch.testing.assert_close(found.points, whole.points, rtol=0, atol=1e-6)
+
+
+class Shuffled:
+    """The same samples with their own ids, in batches of another order."""
+
+    def __init__(self, data: Resident) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def shuffled(self, batch_size, generator, augment):
+        return self.data.shuffled(batch_size, generator, augment)
+
+    def ordered(self, batch_size: int, limit: int | None = None):
+        return reversed(list(self.data.ordered(batch_size, limit)))
+
+
+def test_order_of_the_batches_does_not_matter(net: Net, data: Resident) -> None:
+    whole, found = run(net, data), run(net, Shuffled(data), batch_size=10)
+    assert torch.equal(found.broken_ids, whole.broken_ids)
+    torch.testing.assert_close(found.points, whole.points, rtol=0, atol=1e-6)
+    assert found.clean.correct == whole.clean.correct
+
+
+def test_order_of_the_samples_does_not_matter_without_noise(net: Net, data: Resident) -> None:
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    attack = PGD(steps=5, start="none")
+    whole = run(net, data, attacks=[attack])
+    found = run(net, Resident(data.images[order], data.labels[order]), attacks=[attack])
+    assert torch.equal(found.robust, whole.robust[order])
+
+
+@pytest.mark.parametrize("limit", [1, 20, 60, 1000])
+def test_limit_takes_the_first_samples(net: Net, data: Resident, limit: int) -> None:
+    whole, found = run(net, data), run(net, data, limit=limit, batch_size=8)
+    n = min(limit, 60)
+    assert found.clean.n == n
+    assert torch.equal(found.robust, whole.robust[:n])
+
+
+def test_seed_decides_the_noise(net: Net, data: Resident) -> None:
+    attack = PGD(steps=1, step=0.01)
+    same = [run(net, data, attacks=[attack], seed=1).points for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(same[0][:1], run(net, data, attacks=[attack], seed=2).points[:1])
+
+
+class Recorder(nn.Module):
+    """Counts the samples that pass through it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.sizes = inner, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return self.inner(x)
+
+
+def test_each_attack_and_net_is_tried_on_survivors_alone(net: Net, data: Resident) -> None:
+    other = Recorder(Net(seed=0)).eval()
+    own = run(net, data, attacks=[FGSM()])
+    both = run(net, data, search=[net, other], attacks=[FGSM(), ATTACK])
+    assert max(other.sizes) <= own.correct
+    assert both.correct <= own.correct
+    by = dict(zip(both.broken_ids.tolist(), both.broken_by, strict=True))
+    assert all(by[i] == "fgsm" for i in own.broken_ids.tolist())
+
+
+def test_transferred_points_are_named(net: Net, data: Resident) -> None:
+    found = run(net, data, search=[Constant().eval(), net], attacks=[FGSM(), ATTACK])
+    assert set(found.broken_by) <= {"fgsm", "pgd", "fgsm transferred", "pgd transferred"}
+    assert {"fgsm transferred", "pgd transferred"} & set(found.broken_by)
+    alone = run(net, data, search=[Constant().eval()], attacks=[FGSM(), ATTACK])
+    assert found.correct < alone.correct
+
+
+def test_transfer_does_not_stop_at_the_boundary_of_the_other_net(data: Resident) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Watched(PGD):
+        pass
+
+    seen: list[float] = []
+
+    def search(self, net, x, y, threat, noise) -> Found:
+        seen.append(self.overshoot)
+        return PGD.search(self, net, x, y, threat, noise)
+
+    Watched.search = search
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rprune.evaluation.robustness.ATTACKS.name_of", lambda attack: "watched")
+        one, two = Net(0).eval(), Net(1).eval()
+        robustness([one, two], classes_of(one), data, THREAT, [Watched(steps=2)])
+    assert seen == [0.0, math.inf]
+
+
+def test_progress_counts_up_to_the_total(net: Net, data: Resident) -> None:
+    calls: list[tuple[int, int, int]] = []
+    found = run(net, data, batch_size=25, limit=55, on_progress=lambda *call: calls.append(call))
+    assert [done for done, _, _ in calls] == [25, 50, 55]
+    assert {total for _, _, total in calls} == {55}
+    assert calls[-1][1] == found.correct
+
+
+def test_more_attacks_never_raise_the_score(net: Net, data: Resident) -> None:
+    scores = [run(net, data, attacks=attacks).correct for attacks in ([FGSM()], [FGSM(), ATTACK])]
+    assert scores[1] <= scores[0]
+
+
+def test_no_attack_gives_the_clean_score(net: Net, data: Resident) -> None:
+    found = run(net, data, attacks=[])
+    assert found.correct == found.clean.correct == 54
+    assert found.queries == 0
+
+
+def test_predictions_follow_the_labels(net: Net, data: Resident) -> None:
+    found = predictions(classes_of(net), data, limit=30, batch_size=7)
+    assert (found.n, found.correct) == (30, 24)
+    assert torch.equal(found.labels, data.labels[:30])
+
+
+# -- certificates ---------------------------------------------------------------------------------------------------
+
+
+def test_interval_certificates_count_right_samples_alone(net: Net, data: Resident) -> None:
+    network = trace(net, SHAPE)
+    threat = ThreatModel("linf", "0.01")
+    found = certify_ibp(network, data, threat, batch_size=17)
+    truth = classes_of(net)(data.images.float() / 255)
+    proved = certified(network, data.images.float() / 255, truth, threat)
+    assert 0 < int(proved[6:].sum()) < 54
+    assert torch.equal(found.proved, proved & (truth == data.labels))
+    assert not found.proved[:6].any()
+    assert found.correct == int(found.proved.sum())
+    assert found.clean.correct == 54
+    limited = certify_ibp(network, data, threat, limit=20)
+    assert torch.equal(limited.proved, found.proved[:20])
+
+
+def test_interval_certificates_do_not_count_ties(data: Resident) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 3)
+            nn.init.zeros_(self.fc.weight)
+            nn.init.zeros_(self.fc.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1))
+
+    tied = Resident(data.images, torch.zeros(60, dtype=torch.int64))
+    found = certify_ibp(trace(Tied(), SHAPE), tied, ThreatModel("linf", "0.01"))
+    assert found.clean.correct == 60
+    assert found.correct == 0
+
+
+def test_certified_samples_are_robust(net: Net, data: Resident) -> None:
+    network = trace(net, SHAPE)
+    threat = ThreatModel("linf", "0.01")
+    proved = certify_ibp(network, data, threat).proved
+    found = robustness([net], classes_of(net), data, threat, [PGD(steps=20, restarts=3)])
+    assert bool((found.robust | ~proved).all())
+
+
+def test_smoothed_set_counts_right_classes_with_a_large_enough_radius() -> None:
+    verdicts = [
+        Smoothed(1, 9, 10, 0.5),
+        Smoothed(1, 9, 10, 0.2),
+        Smoothed(ABSTAIN, 5, 10, 0.0),
+        Smoothed(2, 9, 10, 0.9),
+    ]
+    found = SmoothedSet([1, 1, 1, 0], verdicts)
+    assert [found.correct_at(r) for r in (0.0, 0.2, 0.21, 0.5, 0.51)] == [2, 2, 1, 1, 0]
+
+
+def test_smoothing_a_split_is_replayed_sample_by_sample(net: Net, data: Resident) -> None:
+    smoothing, predict = Smoothing(sigma=0.1, n0=20, n=200), classes_of(net)
+    found = certify_smoothing(predict, data, 3, smoothing, seed=5, limit=12)
+    assert found.labels == data.labels[:12].tolist()
+    again = smoothing.certify(predict, data.images[7].float() / 255, 3, 5, 7)
+    assert found.verdicts[7] == again

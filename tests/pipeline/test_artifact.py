@@ -1,0 +1,130 @@
+"""One artifact, three forms, the same content."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from rprune.errors import InputError, IntegrityError, UsageError
+from rprune.pipeline.artifact import Artifact, load_any, load_artifact, plain_state, save_artifact, save_folder
+
+FORMS = ("model.pt", "model.safetensors", "folder")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip(quantized, tmp_path, form):
+    save_artifact(quantized, tmp_path / form)
+    read = load_artifact(tmp_path / form)
+    assert equal(read.state, quantized.state)
+    assert equal(read.masks, quantized.masks)
+    assert equal(read.quantization, quantized.quantization)
+    assert read.metadata == quantized.metadata
+    assert read.digest == quantized.digest
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip_without_masks_and_integers(trained, tmp_path, form):
+    save_artifact(trained, tmp_path / form)
+    read = load_artifact(tmp_path / form)
+    assert (read.masks, read.quantization) == ({}, {})
+    assert read.digest == trained.digest
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_written_files_are_the_same_bytes_again(quantized, tmp_path, form):
+    save_artifact(quantized, tmp_path / form)
+    first = (tmp_path / form).read_bytes()
+    save_artifact(load_artifact(tmp_path / form), tmp_path / form)
+    assert (tmp_path / form).read_bytes() == first
+
+
+def test_digest_sees_every_tensor(quantized):
+    name = next(iter(quantized.state))
+    changed = dict(quantized.state)
+    changed[name] = changed[name] + 1
+    other = Artifact(quantized.metadata, changed, quantized.masks, quantized.quantization)
+    assert other.digest != quantized.digest
+    assert Artifact(quantized.metadata, quantized.state, {}, quantized.quantization).digest != quantized.digest
+    assert Artifact(quantized.metadata, quantized.state, quantized.masks).digest != quantized.digest
+    reordered = dict(reversed(quantized.state.items()))
+    assert Artifact(quantized.metadata, reordered, quantized.masks, quantized.quantization).digest == quantized.digest
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "masks.safetensors", "quantization.safetensors"])
+def test_changed_file_of_a_folder_is_refused(quantized, tmp_path, name):
+    save_folder(quantized, tmp_path)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(IntegrityError, match=name):
+        load_artifact(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(IntegrityError, match=name):
+        load_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["evil_mod_of_test:factory", "evil_mod_of_test.py:factory"])
+def test_untrusted_architecture_is_never_imported(trained, tmp_path, monkeypatch, form, name):
+    (tmp_path / "evil_mod_of_test.py").write_text("raise SystemExit('was run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    evil = trained.with_metadata(architecture=trained.metadata.architecture | {"name": name})
+    save_artifact(evil, tmp_path / form)
+    with pytest.raises(InputError, match="not built in"):
+        load_any(tmp_path / form)
+    assert not any("evil_mod_of_test" in module for module in sys.modules)
+
+
+def test_unknown_format_is_refused(trained, tmp_path):
+    save_folder(trained, tmp_path)
+    record = json.loads((tmp_path / "stage.json").read_text())
+    record["metadata"]["surprise"] = 1
+    (tmp_path / "stage.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="surprise"):
+        load_artifact(tmp_path)
+
+
+def test_metadata_of_a_newer_format_is_refused(trained, tmp_path):
+    save_artifact(trained.with_metadata(format="rprune.artifact/2"), tmp_path / "new.pt")
+    with pytest.raises(InputError, match="rprune.artifact/2"):
+        load_artifact(tmp_path / "new.pt")
+
+
+def test_unknown_suffix(trained, tmp_path):
+    with pytest.raises(UsageError, match=r"\.onnx"):
+        save_artifact(trained, tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "ema"])
+def test_state_dict_inside_a_checkpoint(trained, tmp_path, key):
+    assert equal(plain_state({"epoch": 1, key: trained.state}, tmp_path), trained.state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_taken_off(trained, tmp_path, prefix):
+    content = {prefix + name: tensor for name, tensor in trained.state.items()}
+    assert set(plain_state(content, tmp_path)) == set(trained.state)
+
+
+def test_plain_file_needs_more_words(trained, tmp_path):
+    torch.save(trained.state, tmp_path / "plain.pt")
+    assert equal(load_any(tmp_path / "plain.pt"), trained.state)
+    with pytest.raises(InputError, match="without rprune's metadata"):
+        load_artifact(tmp_path / "plain.pt")
+
+
+def test_model_computes_with_the_weights(trained, bench):
+    model = trained.model()
+    assert not model.training
+    batch = next(iter(bench.loader("test").ordered(100, 100)))
+    assert float((model(batch.x).argmax(1) == batch.y).float().mean()) > 0.5
+    assert equal(model.state_dict(), trained.state)

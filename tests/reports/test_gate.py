@@ -1,0 +1,170 @@
+"""The gate judges counts: exact numbers, both directions, both bounds."""
+
+from __future__ import annotations
+
+import pytest
+from scipy.stats import beta
+
+from rprune.errors import UsageError
+from rprune.reports.gate import Policy, judge, policy_of, read_policy, rule_of
+from rprune.reports.schema import Interval
+
+
+@pytest.fixture(scope="module")
+def report(load_helper):
+    """Clean accuracy of the int8 file: 762 of 1000."""
+    found = load_helper("reports/sample_report.py").sample_report(None)
+    claims = [
+        claim.model_copy(update={"correct": 762, "n": 1000, "value": 0.762, "interval": Interval.of(762, 1000)})
+        if claim.metric == "clean_accuracy" and claim.artifact == "onnx-int8"
+        else claim
+        for claim in found.claims
+    ]
+    return found.model_copy(update={"claims": claims})
+
+
+LOWER, UPPER = beta.ppf(0.025, 762, 239), beta.ppf(0.975, 763, 238)
+
+
+def rule(report, **table):
+    return judge(report, policy_of({"gate": [{"metric": "clean_accuracy"} | table]}, "test")).rules[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "bound", "observed"),
+    [(">=", "lower", LOWER), ("<=", "lower", UPPER), (">=", "point", 0.762), ("<=", "point", 0.762)],
+)
+def test_observed_is_the_bound_against_the_rule(report, op, bound, observed):
+    found = rule(report, op=op, bound=bound, value=0.5)
+    assert found.observed == pytest.approx(observed, abs=1e-12)
+    assert found.passed == (op == ">=")
+    assert rule(report, op=op, bound=bound, value=0.99).passed == (op == "<=")
+
+
+def test_a_value_between_bound_and_point_fails_by_the_bound_alone(report):
+    assert LOWER < 0.75 < 0.762
+    assert not rule(report, value=0.75).passed
+    assert rule(report, value=0.75, bound="point").passed
+    assert not rule(report, op="<=", value=0.77).passed
+    assert rule(report, op="<=", value=0.77, bound="point").passed
+
+
+def test_equality_passes(report):
+    assert rule(report, value=0.762, bound="point").passed
+    assert rule(report, value=0.762, op="<=", bound="point").passed
+    exact = rule(report, value=0).observed
+    assert rule(report, value=exact).passed
+    assert not rule(report, value=exact + 1e-15).passed
+
+
+def test_counts_decide_not_the_written_value(report):
+    claim = report.claim("clean_accuracy").model_copy(update={"value": 1.0, "interval": Interval.of(10, 10)})
+    forged = report.model_copy(update={"claims": [claim]})
+    assert rule(forged, value=0.75, bound="point").observed == 0.762
+
+
+@pytest.mark.parametrize("op", [">=", "<="])
+def test_missing_claim_fails(report, op):
+    bare = report.model_copy(update={"claims": []})
+    found = rule(bare, op=op, value=0.0)
+    assert (found.passed, found.observed) == (False, None)
+    assert "no claim" in found.message
+    assert not rule(report, metric="clean_accuracy", artifact="weights", op=op, value=0).passed
+
+
+def test_metrics_that_are_measured(report):
+    sparsity, size = report.sparsity, report.subject("onnx-int8").bytes
+    assert rule(report, metric="sparsity", value=sparsity.overall).passed
+    assert not rule(report, metric="sparsity", value=sparsity.overall + 1e-9).passed
+    assert rule(report, metric="kept", op="<=", value=sparsity.kept).passed
+    assert not rule(report, metric="kept", op="<=", value=sparsity.kept - 1).passed
+    assert rule(report, metric="bytes", op="<=", value=size).passed
+    assert not rule(report, metric="bytes", op="<=", value=size - 1).passed
+    assert not rule(report, metric="bytes", artifact="policy", op="<=", value=1e12).passed
+
+
+def test_rules_name_the_file(report):
+    low = rule(report, metric="robust_accuracy", artifact="onnx", value=0).observed
+    assert low != rule(report, metric="robust_accuracy", value=0).observed
+
+
+def test_one_failed_rule_fails_the_gate(report):
+    rules = [{"metric": "sparsity", "value": 0.1}, {"metric": "clean_accuracy", "value": 1}]
+    assert judge(report, policy_of({"gate": rules[:1]}, "x")).result == "passed"
+    gate = judge(report, policy_of({"gate": rules}, "x"))
+    assert (gate.result, [r.passed for r in gate.rules]) == ("failed", [True, False])
+    assert "is not >= 1" in gate.rules[1].message
+
+
+def test_unknown_metric_offers_the_nearest():
+    with pytest.raises(UsageError) as error:
+        policy_of({"gate": [{"metric": "robust_acuracy", "value": 0}]}, "x")
+    assert "did you mean 'robust_accuracy'?" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {}, {"gate": []}, {"gate": [{}]}, {"gate": [{"metric": "sparsity"}]}, {"gates": []},
+        {"gate": [{"metric": "sparsity", "value": 0.5, "op": ">"}]},
+        {"gate": [{"metric": "sparsity", "value": 0.5, "bound": "upper"}]},
+        {"gate": [{"metric": "sparsity", "value": 0.5, "treshold": 1}]},
+        {"gate": [{"metric": "sparsity", "value": "high"}]},
+        {"gate": [{"metric": "sparsity", "value": float("nan")}]},
+    ],
+)  # fmt: skip
+def test_policies_with_a_mistake(table):
+    with pytest.raises(UsageError) as error:
+        policy_of(table, "gate.toml")
+    assert "\n" not in error.value.message
+    assert error.value.hint
+
+
+def test_rule_for_a_file_that_cannot_exist_is_refused():
+    """A misspelt role would fail every claim, and be ignored by sparsity."""
+    with pytest.raises(UsageError) as error:
+        policy_of({"gate": [{"metric": "sparsity", "artifact": "onnx-int", "value": 0.5}]}, "x")
+    assert "did you mean 'onnx-int8'?" in error.value.hint
+
+
+def test_policy_from_a_file(tmp_path):
+    path = tmp_path / "gate.toml"
+    path.write_text('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\n')
+    policy = read_policy(path)
+    assert policy.gate[0].model_dump() == {
+        "metric": "sparsity", "artifact": "onnx-int8", "op": ">=", "value": 0.5, "bound": "lower",
+    }  # fmt: skip
+    path.write_text("gate")
+    with pytest.raises(UsageError, match="not TOML"):
+        read_policy(path)
+    with pytest.raises(UsageError, match="cannot read"):
+        read_policy(tmp_path / "none.toml")
+
+
+def test_digest_of_a_policy(tmp_path):
+    def digest(text: str) -> str:
+        (tmp_path / "gate.toml").write_text(text)
+        return read_policy(tmp_path / "gate.toml").sha256
+
+    base = digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\n')
+    assert base == digest('# a remark\n[[gate]]\nvalue = 0.5\nop = ">="\nmetric = "sparsity"\nbound = "lower"\n')
+    others = [
+        digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.6\n'),
+        digest('[[gate]]\nmetric = "kept"\nvalue = 0.5\n'),
+        digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\nop = "<="\n'),
+        digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\nbound = "point"\n'),
+        digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\nartifact = "onnx"\n'),
+        digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\n' * 2),
+    ]
+    assert len({base, *others}) == 7
+    assert base == Policy.model_validate({"gate": [{"metric": "sparsity", "value": 0.5}]}).sha256
+
+
+def test_rules_of_the_command_line():
+    assert rule_of("robust_accuracy = 0.45", ">=", "lower") == {
+        "metric": "robust_accuracy", "artifact": "onnx-int8", "op": ">=", "value": 0.45, "bound": "lower",
+    }  # fmt: skip
+    assert rule_of("bytes@onnx=1e6", "<=", "point")["artifact"] == "onnx"
+    for text in ("robust_accuracy", "robust_accuracy=", "robust_accuracy=high", "robust_accuracy=nan"):
+        with pytest.raises(UsageError, match="cannot read"):
+            rule_of(text, ">=", "lower")
