@@ -62,6 +62,10 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             raise Interrupted("interrupted", "finished epochs are kept; the same command continues") from None
+        except BrokenPipeError:
+            # the reader of stdout is gone (a pager, head); Typer would exit 1, which means "gate failed" here
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
 
     return wrapper
 
@@ -89,10 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("RPRUNE_DEBUG"):
             traceback.print_exc()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # the reader of stdout is gone (a pager, head); there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:
         if _out_of_memory(error):
             print_error(RpruneError("out of memory", "use a smaller --batch-size"))

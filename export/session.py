@@ -65,23 +65,27 @@ def load_onnx(path: Path) -> Any:
     return model
 
 
-def weight_counts(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Conv and linear weights of a file: name -> (shape, non-zero entries), as stored in the initializers."""
+def stored_weights(path: Path) -> dict[str, NDArray[Any]]:
+    """Conv and linear weights of a file by name, as stored in its initializers."""
     from onnx import numpy_helper
 
     model = load_onnx(path)
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
-    found = {}
+    found: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:
         if node.op_type in ("Conv", "Gemm", "MatMul"):
             name = node.input[1]
             while name not in arrays and name in producers:  # int8 weights lie behind a DequantizeLinear
                 name = producers[name].input[0]
             if name in arrays:
-                array = numpy_helper.to_array(arrays[name])
-                found[name] = (array.shape, int(np.count_nonzero(array)))
+                found[name] = numpy_helper.to_array(arrays[name])
     return found
+
+
+def weight_counts(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Conv and linear weights of a file: name -> (shape, non-zero entries)."""
+    return {name: (array.shape, int(np.count_nonzero(array))) for name, array in stored_weights(path).items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ from rprune.threat import ThreatModel
 FORMAT = "rprune.artifact/1"
 MASK, INTEGER = "rprune.mask/", "rprune.quantization/"  # prefixes inside a single file
 METADATA_KEY = "rprune"
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 
 
 class DataRecord(BaseModel):
@@ -192,7 +193,8 @@ def load_any(path: Path) -> Artifact | dict[str, Tensor]:
         ) from None
     if isinstance(content, dict) and METADATA_KEY in content:
         metadata = _metadata(content[METADATA_KEY], path)
-        return Artifact(metadata, content["state_dict"], content["masks"], content["quantization"])
+        state, masks, integers = (content.get(key) for key in ("state_dict", "masks", "quantization"))
+        return _checked(Artifact(metadata, state, masks, integers), path)  # type: ignore[arg-type]  # checked there
     return plain_state(content, path)
 
 
@@ -207,17 +209,19 @@ def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} holds no state_dict", f"save model.state_dict(), or put it under one of: {', '.join(STATE_KEYS)}"
         )
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    state: dict[str, Tensor] = content
+    state: dict[str, Tensor] = dict(content)
+    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 
 def _load_folder(path: Path) -> Artifact:
     record = read_json(path / "stage.json", "stage record")
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, dict) or "model.safetensors" not in files or "metadata" not in record:
+        raise InputError(f"{path / 'stage.json'} is not the record of a stage", "run the stage again")
     tables: dict[str, dict[str, Tensor]] = {}
-    for name, digest in record["files"].items():
+    for name, digest in files.items():
         file = path / name
         if not file.is_file() or file_digest(file) != digest:
             raise IntegrityError(
@@ -226,9 +230,23 @@ def _load_folder(path: Path) -> Artifact:
         tables[name] = load_file(file)
     get = tables.get
     metadata = _metadata(json.dumps(record["metadata"]), path)
-    return Artifact(
-        metadata, tables["model.safetensors"], get("masks.safetensors", {}), get("quantization.safetensors", {})
-    )
+    tensors = (tables["model.safetensors"], get("masks.safetensors", {}), get("quantization.safetensors", {}))
+    return _checked(Artifact(metadata, *tensors), path)
+
+
+def _checked(artifact: Artifact, path: Path) -> Artifact:
+    """Raises InputError unless the tables are what the metadata promises."""
+    tables = (artifact.state, artifact.masks, artifact.quantization)
+    whole = all(isinstance(t, dict) and all(isinstance(v, Tensor) for v in t.values()) for t in tables)
+    if whole:
+        whole = all(
+            name in artifact.state and artifact.state[name].shape == m.shape for name, m in artifact.masks.items()
+        )
+        whole = whole and all(mask.dtype == torch.bool for mask in artifact.masks.values())
+        whole = whole and all("/" in name for name in artifact.quantization)
+    if not whole:
+        raise InputError(f"{path} holds damaged tensors", "write it again, or restore it from a copy")
+    return artifact
 
 
 def _load_safetensors(path: Path) -> Artifact | dict[str, Tensor]:
@@ -245,7 +263,7 @@ def _load_safetensors(path: Path) -> Artifact | dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     state = {n: t for n, t in tensors.items() if not n.startswith((MASK, INTEGER))}
-    return Artifact(_metadata(text, path), state, part(MASK), part(INTEGER))
+    return _checked(Artifact(_metadata(text, path), state, part(MASK), part(INTEGER)), path)
 
 
 def _metadata(text: str, path: Path) -> Metadata:
@@ -255,6 +273,8 @@ def _metadata(text: str, path: Path) -> Metadata:
         raise InputError(
             f"{path} has unreadable metadata: {first_problem(error)}", "write it with this version of rprune"
         ) from None
+    if metadata.format != FORMAT:
+        raise InputError(f"{path} has format {metadata.format}", f"this version reads {FORMAT}")
     name = metadata.arch.name
     if not is_trusted(name):
         # a file must never be able to name code that then runs

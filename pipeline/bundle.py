@@ -23,7 +23,7 @@ from rprune.errors import WorkError
 from rprune.evaluation.robustness import Robustness, robustness
 from rprune.export.onnx import float_model, stamp
 from rprune.export.qdq import qdq_model
-from rprune.export.session import OnnxClassifier, weight_counts
+from rprune.export.session import OnnxClassifier, stored_weights, weight_counts
 from rprune.files import atomic, digest_of, file_digest, write_json, write_text
 from rprune.models.prunable import prunable
 from rprune.pipeline.artifact import Artifact, save_tensors
@@ -46,6 +46,7 @@ from rprune.reports.schema import (
     Sparsity,
     Subject,
     Threat,
+    read_report,
 )
 
 CHECK_SAMPLES = 256
@@ -117,6 +118,7 @@ def export(
     report = report.sealed()
     write_json(out / "report.json", report.to_json())
     # a rendering, not a subject: it shows the id of the report, which covers the subjects
+    report = read_report(out)
     write_text(out / "report.html", render_html(report, broken_samples(out, report, bench.data.test)))
     return report
 
@@ -213,8 +215,8 @@ def _sparsity(
         raise WorkError(f"{measured} holds {kept} non-zero weights, the budget is {budget}", "please report this")
     same = None
     if "model.int8.onnx" in counts:
-        float_zeros, int_zeros = _zeros(out / "model.onnx", names), _zeros(out / "model.int8.onnx", names)
-        same = all(np.array_equal(float_zeros[name], int_zeros[name]) for name in names)
+        floats, integers = stored_weights(out / "model.onnx"), stored_weights(out / "model.int8.onnx")
+        same = all(np.array_equal(floats[name] == 0, integers[name] == 0) for name in names)
         if not same:
             raise WorkError("the int8 file has other zeros than the float file", "please report this")
     return Sparsity(
@@ -228,11 +230,6 @@ def _sparsity(
         int8_zeros_equal_float_zeros=same,
         by_layer=layers,
     )
-
-
-def _zeros(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    arrays = {t.name: t for t in onnx.load(str(path)).graph.initializer}
-    return {name: onnx.numpy_helper.to_array(arrays[name]) == 0 for name in names}
 
 
 def _attack(

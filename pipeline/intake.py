@@ -13,8 +13,14 @@ from rprune.errors import InputError
 Kind = Literal["safetensors", "checkpoint", "torchscript", "exported program", "onnx", "old pickle", "unknown"]
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema")
 _HEADER_LIMIT = 100 << 20
-# what torch needs to rebuild plain tensors; anything else in a pickle is code of somebody
-_SAFE_MODULES = ("collections OrderedDict", "torch._utils _rebuild", "torch ", "torch.storage ", "_codecs encode")
+# all that torch needs to rebuild plain tensors; anything else in a pickle is code of somebody
+_REBUILD = ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor", "_rebuild_qtensor")
+_DTYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+SAFE_GLOBALS = frozenset(
+    {"collections.OrderedDict", "_codecs.encode", "torch.Size", "torch.storage.UntypedStorage"}
+    | {f"torch._utils.{name}" for name in _REBUILD}
+    | {f"torch.{name}Storage" for name in _DTYPES}
+)
 
 
 def classify(path: Path) -> Kind:
@@ -58,24 +64,36 @@ def explain(kind: Kind) -> str:
 
 
 def pickled_names(path: Path) -> tuple[list[str], list[str]]:
-    """(unsafe globals, strings) of a checkpoint's pickle, read opcode by opcode; nothing is unpickled."""
+    """(unsafe globals, strings) of a checkpoint's pickle, read opcode by opcode; nothing is unpickled.
+
+    A global whose name cannot be read off the opcodes is listed as unsafe.
+    """
     with zipfile.ZipFile(path) as archive:
         member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         data = archive.read(member)
     found: set[str] = set()
     strings: list[str] = []
+    recent: list[str | None] = []  # the last values pushed; None where it is no string
+    memo: dict[int, str | None] = {}
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL":
-                found.add(str(argument))
+            if opcode.name in ("GLOBAL", "INST"):
+                found.add(str(argument).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
-                found.add(" ".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    except ValueError as error:
+                found.add(".".join(part or "<hidden>" for part in (recent[-2:] or ["<hidden>"])))
+            if opcode.name == "MEMOIZE":
+                memo[len(memo)] = recent[-1] if recent else None
+            elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[int(str(argument))] = recent[-1] if recent else None
+            elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+                recent.append(memo.get(int(str(argument))))
+            elif opcode.stack_after or opcode.name in ("GLOBAL", "INST"):
+                recent.append(argument if isinstance(argument, str) and "UNICODE" in opcode.name else None)
+                if isinstance(argument, str):
+                    strings.append(argument)
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} has a damaged pickle: {error}", "write the file again") from None
-    unsafe = sorted(name.replace(" ", ".") for name in found if not f"{name} ".startswith(_SAFE_MODULES))
-    return unsafe, strings
+    return sorted(found - SAFE_GLOBALS), strings
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:

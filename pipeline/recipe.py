@@ -172,7 +172,8 @@ def validated(section: type[Any], table: Mapping[str, Any], origin: str) -> Any:
     try:
         return section.model_validate(table)
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
+        # an unknown key is the likelier mistake than the required one that it was meant to be
+        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         if problem["type"] == "extra_forbidden":
             place = [str(part) for part in problem["loc"]]
             raise unknown_name(f"key in {origin}", ".".join(place), _siblings(section, place)) from None

@@ -13,18 +13,14 @@ from typing import Any
 
 from rprune.errors import InputError
 from rprune.files import digest_of, partial_folder, stored_key, write_json, write_text
-from rprune.objectives.base import OBJECTIVES
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
 from rprune.pipeline.bundle import Source, export
 from rprune.pipeline.environment import source_digest
 from rprune.pipeline.recipe import (
     CertifyStage,
     ExportStage,
-    FinetuneStage,
-    PruneStage,
     Recipe,
     Stage,
-    TrainStage,
 )
 from rprune.pipeline.stages import (
     Bench,
@@ -34,12 +30,11 @@ from rprune.pipeline.stages import (
     architecture,
     certify,
     check_fits,
+    check_stage,
     run_stage,
 )
-from rprune.pruning.base import METHODS
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
-from rprune.training.schedules import schedule
 
 STATE = "resume.pt"
 
@@ -70,17 +65,8 @@ class Runner:
         threat = None if recipe.threat is None else recipe.threat.model()
         self.bench = Bench.open(recipe.data, threat, recipe.seed, device, reporter)
         self.arch = architecture(recipe.model, self.bench.data)
-        self._check_names()
-
-    def _check_names(self) -> None:
-        """Find every misspelt name before hours are spent."""
-        for stage in self.recipe.stage:
-            if isinstance(stage, TrainStage | PruneStage | FinetuneStage):
-                schedule(stage.schedule)
-                if stage.objective is not None:
-                    OBJECTIVES.build(stage.objective, threat=self.bench.threat)
-            if isinstance(stage, PruneStage):
-                METHODS.build(stage.method)
+        for stage in recipe.stage:  # find every mistake before hours are spent
+            check_stage(stage, self.bench, self.arch)
 
     def plan(self) -> list[tuple[str, Path, bool]]:
         """(kind, folder, already done) of each stage, as far as that is known without running the ones before."""
@@ -196,6 +182,8 @@ class Runner:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 raise InputError(f"{path} is damaged", "delete it, or choose another -o") from None
+            if not isinstance(old, dict):
+                raise InputError(f"{path} is damaged", "delete it, or choose another -o")
             if {key: old.get(key) for key in content} == content:
                 return
         write_json(path, content | {"locked_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")})

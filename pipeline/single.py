@@ -16,12 +16,20 @@ from rprune.evaluation.accuracy import classes_of
 from rprune.evaluation.robustness import robustness
 from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite
 from rprune.models.registry import Architecture
-from rprune.objectives.base import OBJECTIVES
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact
 from rprune.pipeline.environment import source_digest
-from rprune.pipeline.recipe import DataSection, ModelSection, PruneStage, Section
-from rprune.pipeline.stages import Bench, Reporter, adopt, architecture, check_fits, networks, progress_of, run_stage
-from rprune.pruning.base import METHODS
+from rprune.pipeline.recipe import DataSection, ModelSection, Section
+from rprune.pipeline.stages import (
+    Bench,
+    Reporter,
+    adopt,
+    architecture,
+    check_fits,
+    check_stage,
+    networks,
+    progress_of,
+    run_stage,
+)
 from rprune.threat import ThreatModel
 
 
@@ -90,7 +98,7 @@ def run_single(
     dry_run: bool = False,
 ) -> Artifact | None:
     """Run one stage and write its artifact (None after a dry run). Interrupted, the same call continues."""
-    check_names(stage, bench)
+    check_stage(stage, bench, arch or (None if source is None else source.metadata.arch))
     refuse_overwrite(output, force)
     if output.suffix not in ("", ".pt", ".safetensors"):
         raise UsageError(f"cannot write '{output.suffix}' files", "name a .pt or .safetensors file, or a folder")
@@ -112,15 +120,6 @@ def run_single(
     save_artifact(made, output)
     shutil.rmtree(partial)
     return made
-
-
-def check_names(stage: Section, bench: Bench) -> None:
-    """Raises UsageError for a misspelt method or objective before any work."""
-    if isinstance(stage, PruneStage):
-        METHODS.build(stage.method)
-    objective: Any = getattr(stage, "objective", None)
-    if objective is not None:
-        OBJECTIVES.build(objective, threat=bench.threat)
 
 
 def measure(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from rprune.attacks.suites import suite
 from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Loader, loader
 from rprune.data.sources import load_data
@@ -28,6 +29,7 @@ from rprune.pipeline.environment import environment
 from rprune.pipeline.recipe import (
     CertifyStage,
     DataSection,
+    ExportStage,
     FinetuneStage,
     ModelSection,
     PruneStage,
@@ -37,6 +39,7 @@ from rprune.pipeline.recipe import (
     Trained,
     TrainStage,
 )
+from rprune.pruning.allocation import check_allocator
 from rprune.pruning.base import METHODS, Context, Fixed, Pruner
 from rprune.pruning.budget import Budget
 from rprune.pruning.masks import count
@@ -45,6 +48,7 @@ from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
 from rprune.threat import ThreatModel
 from rprune.training.loop import EpochLog, FitResult, Settings, fit
+from rprune.training.schedules import schedule
 
 
 class Reporter(Protocol):
@@ -376,6 +380,26 @@ def _stamped(
     )
     before = [] if source is None else source.metadata.lineage
     return artifact.with_metadata(lineage=[*before, entry])
+
+
+def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None:
+    """Raises for a misspelt name, an architecture that cannot be built, or a budget that cannot be met; runs nothing."""
+    sizes: dict[str, int] = {}
+    if arch is not None:
+        with torch.device("meta"):
+            sizes = {name: weight.numel() for name, weight in prunable(build(arch)).items()}
+    objective: Any = getattr(stage, "objective", None)
+    if objective is not None:
+        _objective(objective, bench)
+    if isinstance(stage, Trained):
+        schedule(stage.schedule)
+    if isinstance(stage, PruneStage):
+        allocation = getattr(METHODS.build(stage.method), "allocation", None)
+        if isinstance(allocation, str):
+            check_allocator(allocation)
+        Budget.of(sizes, stage.sparsity, stage.floor)
+    if isinstance(stage, ExportStage):
+        suite(stage.suite)
 
 
 def check_fits(artifact: Artifact, data: DataSet) -> None:

@@ -95,8 +95,13 @@ def allocate(name: str, weights: Mapping[str, Tensor], budget: Budget) -> Counts
 
     Raises UsageError for an unknown name.
     """
+    check_allocator(name)
     if name.startswith("file:"):
         return from_file(Path(name.removeprefix("file:")), weights, budget)
-    if name not in ALLOCATORS:
-        raise unknown_name("allocator", name, [*ALLOCATORS, "file:PATH"])
     return ALLOCATORS[name](weights, budget)
+
+
+def check_allocator(name: str) -> None:
+    """Raises UsageError for an unknown name."""
+    if name not in ALLOCATORS and not name.startswith("file:"):
+        raise unknown_name("allocator", name, [*ALLOCATORS, "file:PATH"])

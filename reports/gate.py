@@ -6,7 +6,7 @@ import operator
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -15,7 +15,7 @@ from rprune.errors import UsageError, unknown_name
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.files import digest_of
 from rprune.registry import first_problem
-from rprune.reports.schema import Gate, Report, Rule
+from rprune.reports.schema import Gate, Report, Role, Rule
 
 LEVEL = 0.95
 OPS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
@@ -31,7 +31,7 @@ class PolicyRule(BaseModel):
     metric: str
     artifact: str = "onnx-int8"
     op: Literal[">=", "<="] = ">="
-    value: float
+    value: pydantic.FiniteFloat
     bound: Literal["lower", "point"] = "lower"
 
 
@@ -68,6 +68,8 @@ def policy_of(table: dict[str, Any], origin: str) -> Policy:
     for rule in policy.gate:
         if rule.metric not in CLAIMED + MEASURED:
             raise unknown_name("metric", rule.metric, CLAIMED + MEASURED)
+        if rule.artifact not in get_args(Role):
+            raise unknown_name("file role", rule.artifact, get_args(Role))
     if not policy.gate:
         raise UsageError(f"policy {origin} has no rule", "write at least one [[gate]] table")
     return policy

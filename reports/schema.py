@@ -19,7 +19,7 @@ from rprune.registry import first_problem
 from rprune.threat import ThreatModel
 
 SCHEMA = "rprune.report/1"
-Role = Literal["onnx-int8", "onnx", "weights", "masks", "evidence", "html", "recipe", "policy"]
+Role = Literal["onnx-int8", "onnx", "weights", "masks", "evidence"]
 
 
 class Part(BaseModel):
@@ -37,7 +37,7 @@ class Subject(Part):
 
 class Interval(Part):
     method: Literal["clopper-pearson"] = "clopper-pearson"
-    level: float = 0.95
+    level: float = pydantic.Field(default=0.95, gt=0, lt=1)
     lower: float
     upper: float
 
@@ -77,8 +77,8 @@ class Claim(Part):
     sha256: str  # of that file
     kind: Literal["accuracy", "empirical-upper-bound", "certified-lower-bound", "certified-probabilistic"]
     metric: Literal["clean_accuracy", "robust_accuracy", "certified_accuracy", "smoothed_certified_accuracy"]
-    correct: int
-    n: int
+    correct: int = pydantic.Field(ge=0)
+    n: int = pydantic.Field(ge=1)
     value: float
     interval: Interval
     threat: Threat | None = None
@@ -86,6 +86,12 @@ class Claim(Part):
     settings: dict[str, Any] = {}
     sound_for: str = ""  # what exactly the number holds for
     curve: list[Point] = []
+
+    @pydantic.model_validator(mode="after")
+    def _counts_fit(self) -> Claim:
+        if self.correct > self.n:
+            raise ValueError(f"{self.id}: {self.correct} correct of {self.n}")
+        return self
 
 
 class Layer(Part):

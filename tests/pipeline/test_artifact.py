@@ -94,7 +94,7 @@ def test_unknown_format_is_refused(trained, tmp_path):
 
 def test_metadata_of_a_newer_format_is_refused(trained, tmp_path):
     save_artifact(trained.with_metadata(format="rprune.artifact/2"), tmp_path / "new.pt")
-    with pytest.raises(InputError, match="rprune.artifact/2"):
+    with pytest.raises(InputError, match="artifact/2"):
         load_artifact(tmp_path / "new.pt")
 
 

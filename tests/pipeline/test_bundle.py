@@ -79,7 +79,7 @@ def test_certified_is_robust_is_clean_sample_by_sample(rows):
         if row["certified"] == "1":
             assert right
         clean, robust, certified = clean + right, robust + unbroken, certified + (row["certified"] == "1")
-    assert 0 < certified
+    assert certified > 0
     assert robust < clean < len(rows)
 
 

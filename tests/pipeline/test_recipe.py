@@ -137,8 +137,8 @@ def test_unknown_option_of_a_method(table, nearest):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("sparsity", 1.0), ("sparsity", -0.1), ("batch_size", 0), ("lr", 0), ("momentum", 1), ("epochs", -1), ("floor", 0)],
-)  # fmt: skip
+    [("sparsity", 1.0), ("sparsity", -0.1), ("batch_size", 0), ("lr", 0), ("momentum", 1), ("epochs", -1)],
+)
 def test_values_out_of_range(key, value):
     with pytest.raises(UsageError, match=key):
         validated(PruneStage, {"sparsity": 0.5} | {key: value}, "options")

@@ -130,7 +130,6 @@ def _subjects() -> list[Subject]:
         ("model.int8.onnx", "onnx-int8", 11_262_401),
         ("evidence/samples.csv", "evidence", 18_210),
         ("evidence/adversarial.safetensors", "evidence", 4_094_712),
-        ("report.html", "html", 214_233),
     ]
     return [Subject(name=name, role=role, sha256=sha(name), bytes=count) for name, role, count in files]
 

@@ -80,7 +80,7 @@ def test_metrics_that_are_measured(report):
     assert not rule(report, metric="kept", op="<=", value=sparsity.kept - 1).passed
     assert rule(report, metric="bytes", op="<=", value=size).passed
     assert not rule(report, metric="bytes", op="<=", value=size - 1).passed
-    assert not rule(report, metric="bytes", artifact="policy", op="<=", value=1e12).passed
+    assert not rule(report, metric="bytes", artifact="masks", op="<=", value=1e12).passed
 
 
 def test_rules_name_the_file(report):

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rprune.errors import InputError, IntegrityError, RpruneError
+from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.files import digest_of, file_digest, write_json
 from rprune.reports.gate import policy_of
-from rprune.reports.schema import read_report
 from rprune.reports.verify import LEVELS, Verification, verify
 
 N = 60
@@ -93,10 +92,11 @@ class Bundle:
             path = self.folder / subject["name"]
             if path.is_file() and ".." not in subject["name"]:
                 old, subject["sha256"] = subject["sha256"], file_digest(path)
+                if subject["sha256"] != old:
+                    subject["bytes"] = path.stat().st_size
                 for claim in self.table["claims"]:
                     claim["sha256"] = subject["sha256"] if claim["sha256"] == old else claim["sha256"]
-        self.write()
-        self.table["id"] = read_report(self.folder).computed_id()
+        self.table["id"] = digest_of(self.table | {"id": ""})
         self.write()
 
     def witnesses(self, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
@@ -130,6 +130,13 @@ def failed(result: Verification) -> set[str]:
     return {check.name for check in result.checks if not check.passed}
 
 
+def refused_or_false(bundle: Bundle) -> bool:
+    try:
+        return not bundle.verify().passed
+    except (InputError, IntegrityError):
+        return True
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_untouched_bundle_passes(original, level):
     result = verify(original, level, policy_of(POLICY, "x"))
@@ -141,7 +148,10 @@ def test_untouched_bundle_passes(original, level):
 def test_levels_add_checks(original):
     names = [{check.name for check in verify(original, level).checks} for level in LEVELS]
     assert names[0] == {"files", "report id", "recipe"}
-    assert names[0] | {"sparsity", "budget", "zeros", "lineage", "gate", "robust_accuracy@onnx-int8"} <= names[1]
+    assert (
+        names[0] | {"sizes", "evidence", "sparsity", "zeros", "8 bit", "lineage", "gate", "robust_accuracy@onnx-int8"}
+        <= names[1]
+    )
     assert (
         names[1] | {"data", "samples", "certified", "witnesses in ball", "witnesses fool", "robust count"} <= names[2]
     )
@@ -195,7 +205,7 @@ def edit_interval_upper(b: Bundle) -> None:
     b.claim("clean_accuracy")["interval"]["upper"] = 1.0
 
 
-def edit_count_beyond_n(b: Bundle) -> None:
+def count_beyond_n(b: Bundle) -> None:
     b.claim("clean_accuracy")["correct"] = 61
 
 
@@ -399,7 +409,7 @@ def test_witness_replaced_by_the_clean_image(bundle):
 
     bundle.witnesses(change)
     bundle.seal()
-    assert failed(bundle.verify()) == {"witnesses fool"}
+    assert failed(bundle.verify()) == {"witnesses fool", "samples"}
     assert bundle.verify("static").passed
 
 
@@ -441,7 +451,7 @@ def test_witness_left_out(bundle):
     bundle.witnesses(lambda index, points: (index[1:].copy(), points[1:].copy()))
     bundle.table["evidence"]["witness_count"] -= 1
     bundle.seal()
-    assert failed(bundle.verify()) == {"robust count"}
+    assert failed(bundle.verify()) == {"robust count", "samples"}
 
 
 @pytest.mark.parametrize("column", ["clean_prediction", "label"])
@@ -528,12 +538,7 @@ def test_evidence_must_be_one_of_the_hashed_files(bundle, key):
     bundle.table["evidence"][key] = f"../{Path(name).name}"
     shutil.copy(bundle.folder / name, bundle.folder.parent / Path(name).name)
     bundle.seal()
-    try:
-        result = bundle.verify()
-    except RpruneError as error:
-        assert error.exit_code in (3, 5)
-    else:
-        assert not result.passed
+    assert refused_or_false(bundle)
 
 
 def drop_int8_subject(b: Bundle) -> None:
@@ -587,7 +592,7 @@ def text_for_the_model(b: Bundle) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        drop_int8_subject, drop_float_subject, drop_clean_claims, no_samples_at_all, more_samples_than_data,
+        drop_int8_subject, drop_float_subject, drop_clean_claims, count_beyond_n, no_samples_at_all, more_samples_than_data,
         no_smoothing_settings, measured_on_weights, interval_of_impossible_level, text_for_samples,
         text_for_witnesses, witnesses_of_another_shape, text_for_the_model,
     ],
@@ -597,12 +602,7 @@ def test_malformed_bundle_is_not_an_internal_error(bundle, damage):
     """A report that its maker sealed, and that makes no sense: a false claim or a refusal, never a crash."""
     damage(bundle)
     bundle.seal()
-    try:
-        result = bundle.verify()
-    except RpruneError as error:
-        assert error.exit_code in (3, 5)
-    else:
-        assert not result.passed
+    assert refused_or_false(bundle)
 
 
 def test_other_data_is_seen(bundle, tmp_path):
