@@ -383,7 +383,7 @@ def _stamped(
 
 
 def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None:
-    """Raises for a misspelt name, an architecture that cannot be built, or a budget that cannot be met; runs nothing."""
+    """Raises for a misspelt name, an architecture that cannot be built, a budget that cannot be met; runs nothing."""
     sizes: dict[str, int] = {}
     if arch is not None:
         with torch.device("meta"):

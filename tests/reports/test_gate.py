@@ -80,7 +80,8 @@ def test_metrics_that_are_measured(report):
     assert not rule(report, metric="kept", op="<=", value=sparsity.kept - 1).passed
     assert rule(report, metric="bytes", op="<=", value=size).passed
     assert not rule(report, metric="bytes", op="<=", value=size - 1).passed
-    assert not rule(report, metric="bytes", artifact="masks", op="<=", value=1e12).passed
+    without = report.model_copy(update={"subjects": [s for s in report.subjects if s.role != "masks"]})
+    assert not rule(without, metric="bytes", artifact="masks", op="<=", value=1e12).passed
 
 
 def test_rules_name_the_file(report):
