@@ -593,7 +593,8 @@ def text_for_the_model(b: Bundle) -> None:
     "damage",
     [
         drop_int8_subject, drop_float_subject, drop_clean_claims, count_beyond_n, no_samples_at_all,
-        more_samples_than_data, no_smoothing_settings, measured_on_weights, interval_of_impossible_level, text_for_samples,
+        more_samples_than_data, no_smoothing_settings, measured_on_weights, interval_of_impossible_level,
+        text_for_samples,
         text_for_witnesses, witnesses_of_another_shape, text_for_the_model,
     ],
     ids=lambda damage: damage.__name__,
