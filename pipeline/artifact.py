@@ -159,14 +159,16 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def load_artifact(path: Path) -> Artifact:
+def load_artifact(path: Path, trusted: str | None = None) -> Artifact:
     """Read an artifact in any of its forms.
+
+    ``trusted``: the name of an architecture outside rprune and torchvision that the user asked for by name.
 
     Raises:
         InputError: not there, damaged, not an rprune artifact, or of an untrusted architecture.
         IntegrityError: a folder whose files are not the ones it lists.
     """
-    found = load_any(path)
+    found = load_any(path, trusted)
     if not isinstance(found, Artifact):
         raise InputError(
             f"{path} holds plain weights without rprune's metadata", "say what they are: --arch and --data"
@@ -174,13 +176,13 @@ def load_artifact(path: Path) -> Artifact:
     return found
 
 
-def load_any(path: Path) -> Artifact | dict[str, Tensor]:
+def load_any(path: Path, trusted: str | None = None) -> Artifact | dict[str, Tensor]:
     """An artifact, or the plain state_dict of a foreign file. Never runs code from the file."""
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, trusted)
     kind = classify(path)
     if kind == "safetensors":
-        return _load_safetensors(path)
+        return _load_safetensors(path, trusted)
     if kind != "checkpoint":
         raise InputError(
             f"{path} is {explain(kind)}", "give a state_dict, a file that rprune wrote, or its stage folder"
@@ -192,7 +194,7 @@ def load_any(path: Path) -> Artifact | dict[str, Tensor]:
             f"cannot load {path}: {_reason(path, error)}", "save model.state_dict(), not the model"
         ) from None
     if isinstance(content, dict) and METADATA_KEY in content:
-        metadata = _metadata(content[METADATA_KEY], path)
+        metadata = _metadata(content[METADATA_KEY], path, trusted)
         state, masks, integers = (content.get(key) for key in ("state_dict", "masks", "quantization"))
         return _checked(Artifact(metadata, state, masks, integers), path)  # type: ignore[arg-type]  # checked there
     return plain_state(content, path)
@@ -215,7 +217,7 @@ def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _load_folder(path: Path) -> Artifact:
+def _load_folder(path: Path, trusted: str | None) -> Artifact:
     record = read_json(path / "stage.json", "stage record")
     files = record.get("files") if isinstance(record, dict) else None
     if not isinstance(files, dict) or "model.safetensors" not in files or "metadata" not in record:
@@ -229,7 +231,7 @@ def _load_folder(path: Path) -> Artifact:
             )
         tables[name] = load_file(file)
     get = tables.get
-    metadata = _metadata(json.dumps(record["metadata"]), path)
+    metadata = _metadata(json.dumps(record["metadata"]), path, trusted)
     tensors = (tables["model.safetensors"], get("masks.safetensors", {}), get("quantization.safetensors", {}))
     return _checked(Artifact(metadata, *tensors), path)
 
@@ -249,7 +251,7 @@ def _checked(artifact: Artifact, path: Path) -> Artifact:
     return artifact
 
 
-def _load_safetensors(path: Path) -> Artifact | dict[str, Tensor]:
+def _load_safetensors(path: Path, trusted: str | None) -> Artifact | dict[str, Tensor]:
     try:
         tensors = load_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
@@ -263,10 +265,10 @@ def _load_safetensors(path: Path) -> Artifact | dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     state = {n: t for n, t in tensors.items() if not n.startswith((MASK, INTEGER))}
-    return _checked(Artifact(_metadata(text, path), state, part(MASK), part(INTEGER)), path)
+    return _checked(Artifact(_metadata(text, path, trusted), state, part(MASK), part(INTEGER)), path)
 
 
-def _metadata(text: str, path: Path) -> Metadata:
+def _metadata(text: str, path: Path, trusted: str | None) -> Metadata:
     try:
         metadata = Metadata.model_validate_json(text)
     except pydantic.ValidationError as error:
@@ -276,7 +278,7 @@ def _metadata(text: str, path: Path) -> Metadata:
     if metadata.format != FORMAT:
         raise InputError(f"{path} has format {metadata.format}", f"this version reads {FORMAT}")
     name = metadata.arch.name
-    if not is_trusted(name):
+    if not is_trusted(name) and name != trusted:
         # a file must never be able to name code that then runs
         raise InputError(
             f"{path} was made with the architecture {name}, which is not built in", f"say so: --arch {name}"

@@ -103,7 +103,7 @@ class Runner:
         if self.recipe.checkpoint is None:
             return None
         path = Path(self.recipe.checkpoint)
-        found = load_any(path)
+        found = load_any(path, self.arch.name)
         artifact = found if isinstance(found, Artifact) else adopt(found, self.arch, "pgd-at", self.bench, path)
         check_fits(artifact, self.bench.data)
         return artifact
@@ -166,7 +166,7 @@ class Runner:
             return Outcome(stage.kind, folder, reused, certificates=certificates)
         if isinstance(stage, ExportStage):
             return Outcome(stage.kind, folder, reused, report=read_report(folder))
-        return Outcome(stage.kind, folder, reused, artifact=load_artifact(folder))
+        return Outcome(stage.kind, folder, reused, artifact=load_artifact(folder, self.arch.name))
 
     def _lock(self) -> None:
         """Write down recipe and policy before the first stage; an equal lock keeps its time."""

@@ -74,7 +74,7 @@ def open_model(path: Path, request: Request, reporter: Reporter) -> tuple[Bench,
         InputError: unreadable, or not fitting the architecture or the data.
         UsageError: a foreign state_dict without --arch and --data.
     """
-    found = load_any(path)
+    found = load_any(path, request.arch)
     if isinstance(found, Artifact):
         bench = open_data(request, reporter, found)
         check_fits(found, bench.data)

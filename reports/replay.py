@@ -123,8 +123,9 @@ class Replay:
         threat = self.attacked.threat
         assert threat is not None
         clean = [self.test.pixels(i, i + 1)[0] for i in index.tolist()]
-        delta = (points - _unit(np.stack(clean)) if clean else points).reshape(len(index), -1).astype(np.float64)
-        size = np.abs(delta).max(1, initial=0) if threat.norm == "linf" else np.sqrt((delta**2).sum(1))
+        delta = (points - _unit(np.stack(clean)) if clean else points).astype(np.float64)
+        axes = (1, 2, 3)
+        size = np.abs(delta).max(axes, initial=0) if threat.norm == "linf" else np.sqrt((delta**2).sum(axes))
         inside = bool((size <= threat.eps_float + BALL_TOLERANCE).all() and ((points >= 0) & (points <= 1)).all())
         right = inside and len(index) == self.report.evidence.witness_count
         return right, f"{len(index)} points within {threat.norm} {threat.eps} and [0,1]"

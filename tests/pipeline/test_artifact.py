@@ -92,6 +92,40 @@ def test_unknown_format_is_refused(trained, tmp_path):
         load_artifact(tmp_path)
 
 
+def test_own_architecture_is_used_when_it_is_named_again(tmp_path):
+    """A file cannot name code that runs; the user who names the same code can."""
+    from rprune.cli.app import main
+
+    source = tmp_path / "net.py"
+    source.write_text(
+        "from torch import nn\n"
+        "def small(num_classes, input_shape):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(input_shape[1] * input_shape[2], num_classes))\n"
+    )
+    arch, model = f"{source}:small", tmp_path / "m.pt"
+    with pytest.raises(SystemExit) as done:
+        main(
+            [
+                "train",
+                "--data",
+                "digits",
+                "--arch",
+                arch,
+                "--epochs",
+                "1",
+                "--objective",
+                "benign",
+                "-o",
+                str(model),
+                "-q",
+            ]
+        )
+    assert done.value.code == 0
+    with pytest.raises(InputError, match="not built in"):
+        load_artifact(model)
+    assert load_artifact(model, arch).metadata.arch.name == arch
+
+
 def test_metadata_of_a_newer_format_is_refused(trained, tmp_path):
     save_artifact(trained.with_metadata(format="rprune.artifact/2"), tmp_path / "new.pt")
     with pytest.raises(InputError, match="artifact/2"):

@@ -454,6 +454,13 @@ def test_witness_left_out(bundle):
     assert failed(bundle.verify()) == {"robust count", "samples"}
 
 
+def test_no_witness_at_all_is_no_error(bundle):
+    bundle.witnesses(lambda index, points: (index[:0].copy(), points[:0].copy()))
+    bundle.table["evidence"]["witness_count"] = 0
+    bundle.seal()
+    assert failed(bundle.verify()) == {"robust count", "samples"}
+
+
 @pytest.mark.parametrize("column", ["clean_prediction", "label"])
 def test_changed_sample_row(bundle, column):
     bundle.samples(lambda rows: rows[3].update({column: str((int(rows[3][column]) + 1) % 10)}))
