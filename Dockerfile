@@ -1,4 +1,4 @@
-# CPU by default. CUDA: docker build --build-arg BASE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04 -t rprune:cuda .
+# Runs on the CPU by default (the wheels are torch's default ones). On a CUDA base: docker build --build-arg BASE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04 -t rprune:cuda .
 ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS build

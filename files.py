@@ -76,6 +76,14 @@ def refuse_overwrite(path: Path, force: bool) -> None:
         raise UsageError(f"{path} exists", "choose another -o, or allow overwriting with --force")
 
 
+def remove_result(path: Path) -> None:
+    """Delete a folder that rprune wrote; a file is left to be replaced. Raises UsageError for any other folder."""
+    if path.is_dir():
+        if not any((path / name).is_file() for name in (KEY_FILE, "stage.json", "report.json")):
+            raise UsageError(f"{path} is a folder that rprune did not write", "choose another -o; nothing was deleted")
+        shutil.rmtree(path)
+
+
 def partial_folder(path: Path, key: str, resume: bool = True) -> Path:
     """The folder beside ``path`` for unfinished work; emptied unless it was left by work with the same key."""
     partial = path.with_name(f"{path.name}.partial")

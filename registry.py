@@ -34,6 +34,7 @@ class Registry(Generic[T]):
         self._package = package
         self._base = base
         self._classes: dict[str, type[T]] = {}
+        self._references: dict[type, str] = {}  # classes of users by the name that they were asked for with
         self._loaded = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
@@ -67,6 +68,7 @@ class Registry(Generic[T]):
             raise InputError(
                 f"{name} is not a {self.kind}", f"it must be a dataclass derived from {self._base().__name__}"
             )
+        self._references[found] = name
         fitting: Any = found
         return fitting  # type: ignore[no-any-return]
 
@@ -75,7 +77,7 @@ class Registry(Generic[T]):
             if type(value) is cls:
                 return name
         cls = type(value)
-        return f"{cls.__module__}:{cls.__qualname__}"
+        return self._references.get(cls, f"{cls.__module__}:{cls.__qualname__}")
 
     def build(self, spec: str | Mapping[str, Any], **given: Any) -> T:
         """The object that a specification means; ``given`` fills fields that the caller provides (a threat model).

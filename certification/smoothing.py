@@ -62,7 +62,8 @@ class Smoothing:
             # torch fills in blocks of 16: rows of whole blocks make the noise independent of the batch size
             rows = torch.randn(count, -(-x.numel() // 16) * 16, generator=generator, device=x.device)
             noise = rows[:, : x.numel()].view(count, *x.shape)
-            counts += torch.bincount(predict(x + self.sigma * noise).cpu(), minlength=classes)
+            predicted = predict(x + self.sigma * noise).cpu()
+            counts += torch.bincount(predicted[predicted >= 0], minlength=classes)  # below 0: no class at all
         return counts
 
 

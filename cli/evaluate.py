@@ -19,6 +19,9 @@ def evaluate(
     norm: o.Norm = None,
     data: o.Data = None,
     arch: o.Arch = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     download: o.Download = False,
@@ -33,7 +36,18 @@ def evaluate(
     if split not in ("test", "validation"):
         raise unknown_name("split", split, ["test", "validation"])
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        request = Request(
+            data=data,
+            arch=arch,
+            norm=norm,
+            eps=eps,
+            seed=seed,
+            device=device,
+            download=download,
+            mean=o.numbers(mean),
+            std=o.numbers(std),
+            kwargs=o.arguments(arch_arg),
+        )
         bench, artifact = open_model(model, request, reporter)
         found = measure(bench, artifact, split, suite, limit)
     if as_json:

@@ -33,7 +33,7 @@ def export(
     quiet: o.Quiet = False,
 ) -> None:
     """Write safetensors and ONNX files, check each against its source, attack them, and report."""
-    from rprune.files import refuse_overwrite
+    from rprune.files import refuse_overwrite, remove_result
     from rprune.pipeline.bundle import Source
     from rprune.pipeline.bundle import export as run_export
     from rprune.pipeline.recipe import ExportStage, validated
@@ -42,18 +42,19 @@ def export(
 
     stage = validated(ExportStage, o.given(suite=suite, limit=limit), "options")
     bar = None if policy is None else read_policy(policy)
+    output = output.resolve() if not output.name else output  # "." has no name beside which to work
     with ProgressLines(quiet or as_json) as reporter:
         request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
         bench, artifact = open_model(model, request, reporter)
         refuse_overwrite(output, force)
         beside = certificates_beside(model)
         place = certificates or (beside if beside.exists() else None)
-        proofs = None if place is None else read_certificates(place, artifact)
+        proofs = None if place is None else read_certificates(place, artifact, bench)
         partial = output.with_name(f"{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         recipe = {"command": "export", "model": model.name, "stage": stage.model_dump(mode="json"), "seed": seed}
         report = run_export(bench, artifact, stage, partial, Source(model.stem, recipe, bar), proofs)
-        shutil.rmtree(output, ignore_errors=True)
+        remove_result(output)
         partial.replace(output)
     if as_json:
         print_json(report.to_json())

@@ -15,6 +15,9 @@ def finetune(
     batch_size: o.BatchSize = None,
     eps: o.Eps = None,
     norm: o.Norm = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     settings: o.Set = None,
@@ -34,8 +37,20 @@ def finetune(
     stage = validated(FinetuneStage, o.with_settings(table, settings), "options")
     output = output or o.default_output(model, "finetuned")
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        request = Request(
+            data=data,
+            arch=arch,
+            norm=norm,
+            eps=eps,
+            seed=seed,
+            device=device,
+            download=download,
+            mean=o.numbers(mean),
+            std=o.numbers(std),
+            kwargs=o.arguments(arch_arg),
+        )
         bench, source = open_model(model, request, reporter)
+        bench.typed |= o.typed(table)
         work(
             bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,
             as_json=as_json, next_step=f"rprune quantize {output}",

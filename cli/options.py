@@ -36,6 +36,13 @@ LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate 
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step.")]
 Seed = Annotated[int, typer.Option("--seed", help="Everything random follows from it.", envvar="RPRUNE_SEED")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", envvar="RPRUNE_DEVICE")]
+Mean = Annotated[
+    str | None, typer.Option("--mean", help="Channel means that the model subtracts, with commas, in [0,1] units.")
+]
+Std = Annotated[str | None, typer.Option("--std", help="Channel deviations that the model divides by.")]
+ArchArg = Annotated[
+    list[str] | None, typer.Option("--arch-arg", help="Argument of the architecture, as KEY=VALUE; repeatable.")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any other option of the stage, as KEY=VALUE; repeatable.")
 ]
@@ -60,6 +67,26 @@ def with_settings(table: dict[str, Any], settings: list[str] | None) -> dict[str
     for setting in settings or []:
         override(table, setting)
     return table
+
+
+def typed(table: dict[str, Any]) -> frozenset[str]:
+    """Names of the user's own code among the options."""
+    from rprune.pipeline.environment import named_code
+
+    return named_code(table)
+
+
+def numbers(text: str | None) -> tuple[float, ...]:
+    """``0.49,0.48,0.45`` as floats; nothing as an empty tuple."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UsageError(f"cannot read '{text}'", "write numbers with commas: 0.49,0.48,0.45") from None
+
+
+def arguments(settings: list[str] | None) -> dict[str, Any]:
+    """``--arch-arg KEY=VALUE`` as a table."""
+    return with_settings({}, settings)
 
 
 def default_output(model: Path, suffix: str) -> Path:

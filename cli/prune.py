@@ -23,6 +23,9 @@ def prune(
     batch_size: o.BatchSize = None,
     eps: o.Eps = None,
     norm: o.Norm = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     settings: o.Set = None,
@@ -42,8 +45,20 @@ def prune(
     stage = validated(PruneStage, o.with_settings(table, settings), "options")
     output = output or o.default_output(model, f"{method.rpartition(':')[2]}-{sparsity:g}")
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        request = Request(
+            data=data,
+            arch=arch,
+            norm=norm,
+            eps=eps,
+            seed=seed,
+            device=device,
+            download=download,
+            mean=o.numbers(mean),
+            std=o.numbers(std),
+            kwargs=o.arguments(arch_arg),
+        )
         bench, source = open_model(model, request, reporter)
+        bench.typed |= o.typed(table)
         work(
             bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,
             as_json=as_json, next_step=f"rprune finetune {output}",

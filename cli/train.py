@@ -19,6 +19,9 @@ def train(
     batch_size: o.BatchSize = None,
     eps: o.Eps = None,
     norm: o.Norm = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     settings: o.Set = None,
@@ -31,16 +34,28 @@ def train(
 ) -> None:
     """Train a robust model (benign, PGD-AT, TRADES)."""
     from rprune.cli.work import work
-    from rprune.pipeline.recipe import ModelSection, TrainStage, validated
+    from rprune.pipeline.recipe import TrainStage, validated
     from rprune.pipeline.single import Request, open_data
     from rprune.pipeline.stages import architecture
 
     table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
     stage = validated(TrainStage, o.with_settings(table, settings), "options")
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(data=data, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        request = Request(
+            data=data,
+            arch=arch,
+            norm=norm,
+            eps=eps,
+            seed=seed,
+            device=device,
+            download=download,
+            mean=o.numbers(mean),
+            std=o.numbers(std),
+            kwargs=o.arguments(arch_arg),
+        )
         bench = open_data(request, reporter)
-        found = architecture(ModelSection(arch=arch or "cnn-small"), bench.data)
+        found = architecture(request.model_section(arch or "cnn-small"), bench.data)
+        bench.typed |= o.typed(table)
         work(
             bench, stage, None, output, reporter, arch=found, force=force, resume=resume, dry_run=dry_run,
             as_json=as_json, next_step=f"rprune prune {output} --sparsity 0.99 --method harp",

@@ -52,6 +52,8 @@ def work(
         print_json({"output": str(output), "stage": entry, "threat": str(bench.threat), "digest": made.digest})
         return
     print_artifact(made, str(output))
+    if made.metadata.lineage[-1].metrics.get("target_met") is False:
+        note("The search never met the budget: its result was cut to it. More --epochs help.")
     stdout.print(Text(f"sha256 of the tensors  {made.digest}"))
     if not reporter.quiet:
         note(f"Next: {next_step}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -38,12 +39,12 @@ class Loader(Protocol):
         ...
 
 
-def loader(split: Split, device: torch.device, workers: int = 0) -> Loader:
+def loader(split: Split, device: torch.device, workers: int | None = None) -> Loader:
     """The loader that fits the split."""
     if isinstance(split, ArraySplit):
         images = torch.from_numpy(split.images).to(device)
         return Resident(images, torch.from_numpy(split.labels).to(device))
-    return Streamed(split, device, workers)
+    return Streamed(split, device, min(8, os.cpu_count() or 1) if workers is None else workers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +81,14 @@ class Streamed:
 
     def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
         for images, ids in self._decode(torch.randperm(len(self), generator=generator).tolist(), batch_size):
-            yield Batch(augmented(images, generator, augment), self._labels(ids), ids)
+            yield Batch(augmented(images, generator, augment), self._labels(ids), ids.to(self.device))
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         for images, ids in self._decode(list(range(len(self)))[:limit], batch_size):
-            yield Batch(to_unit(images), self._labels(ids), ids)
+            yield Batch(to_unit(images), self._labels(ids), ids.to(self.device))
 
     def _labels(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(self.split.labels).to(self.device)[ids]
+        return torch.from_numpy(self.split.labels)[ids].to(self.device)
 
     def _decode(self, order: list[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         feed = torch.utils.data.DataLoader(
@@ -95,7 +96,7 @@ class Streamed:
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for images, ids in feed:
-            yield images.to(self.device, non_blocking=True), ids.to(self.device)
+            yield images.to(self.device, non_blocking=True), ids
 
 
 class _Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):

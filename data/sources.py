@@ -139,7 +139,9 @@ def _imagefolder(place: str) -> _Found:
     shape = (channels, height, width)
 
     def read(base: Path, name: str) -> Split:
-        files = list(_image_files(base, classes))
+        listed = list(_image_files(base, classes))
+        # folders come class by class; a fixed order at random makes every prefix a fair sample
+        files = [listed[i] for i in np.random.RandomState(0).permutation(len(listed))]
         split = FileSplit(name, tuple(p for p, _ in files), np.array([c for _, c in files], np.int64), shape)
         if not files:
             raise InputError(f"no images below {base}", "put images in one sub-folder a class")

@@ -18,7 +18,7 @@ from rprune.files import file_digest, write_text
 from rprune.pipeline.artifact import save_tensors
 from rprune.pipeline.recipe import ExportStage
 from rprune.pipeline.stages import Bench, Certificates
-from rprune.reports.schema import Claim, Interval, Point, Role, Threat
+from rprune.reports.schema import Claim, Fidelity, Interval, Point, Role, Threat
 from rprune.threat import ThreatModel
 
 
@@ -60,21 +60,30 @@ def empirical_claims(bench: Bench, result: Robustness, role: Role, path: Path, s
     ]
 
 
-def certified_claims(bench: Bench, certificates: Certificates, path: Path, role: Role) -> list[Claim]:
-    """What the certificates of a certify stage say of a file."""
+def certified_claims(
+    bench: Bench, certificates: Certificates, path: Path, role: Role, fidelity: list[Fidelity]
+) -> list[Claim]:
+    """What the certificates of a certify stage say of a file, and how far the file is what they were computed on."""
     claims = []
     if ibp := certificates.get("ibp"):
-        claims.append(_ibp_claim(ibp, path, role))
+        exact = all(f.bit_equal for f in fidelity if f.file == path.name and f.source == "8-bit simulation")
+        claims.append(_ibp_claim(ibp, path, role, exact))
     if smoothing := certificates.get("smoothing"):
         claims.append(_smoothing_claim(smoothing, bench, path, role))
     return claims
 
 
-def _ibp_claim(ibp: dict[str, Any], path: Path, role: Role) -> Claim:
+def _ibp_claim(ibp: dict[str, Any], path: Path, role: Role, exact: bool) -> Claim:
     levels, n = ibp["levels"], ibp["n"]
     threats = [ThreatModel.of(ibp["norm"], level["eps"]) for level in levels]
     counts = [int(level["correct"]) for level in levels]
-    if role == "onnx-int8":
+    if role == "onnx-int8" and not exact:
+        method = "IBP, integers of the simulation"
+        sound = (
+            "every input in the ball, for the 8-bit simulation; on this CPU ONNX Runtime's logits differ from it, "
+            "so the file itself is not covered"
+        )
+    elif role == "onnx-int8":
         method = "IBP, exact integers"
         sound = (
             "every input in the ball, for the integer arithmetic of the QDQ graph that ONNX Runtime ran here "
@@ -92,9 +101,14 @@ def _ibp_claim(ibp: dict[str, Any], path: Path, role: Role) -> Claim:
         n,
         threat=Threat.of(threats[0]),
         method=method,
+        settings={"computed_on": _basis(role), "verify": "checks counts and that no certified sample is broken"},
         sound_for=sound,
         curve=[Point(at=t.eps, correct=c, value=c / n) for t, c in zip(threats, counts, strict=True)],
     )
+
+
+def _basis(role: Role) -> str:
+    return "the 8-bit simulation of the file" if role == "onnx-int8" else "the float model that the file was made from"
 
 
 def _smoothing_claim(smoothing: dict[str, Any], bench: Bench, path: Path, role: Role) -> Claim:
@@ -105,6 +119,7 @@ def _smoothing_claim(smoothing: dict[str, Any], bench: Bench, path: Path, role: 
         return sum(row["prediction"] == row["label"] and row["radius"] >= radius for row in rows)
 
     settings = {key: smoothing[key] for key in ("sigma", "n0", "n", "alpha")}
+    settings |= {"computed_on": _basis(role), "verify": "recomputes radii from the counts, does not draw again"}
     settings |= {
         "abstained": sum(row["prediction"] < 0 for row in rows),
         "l2_radius_that_covers_the_threat": needed_l2(

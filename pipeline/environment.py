@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import rprune
+from rprune.files import file_digest
 
 PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "numpy", "scipy", "safetensors")
 
@@ -40,6 +41,29 @@ def source_digest() -> str:
         for path in sorted(folder.glob("*.py")):
             sha.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return sha.hexdigest()
+
+
+def referenced_files(value: Any) -> dict[str, str]:
+    """sha256 of every file that a specification names (``file.py:Class``, ``file:PATH``): its content is part of it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return {path: digest for item in value for path, digest in referenced_files(item).items()}
+    if not isinstance(value, str):
+        return {}
+    place = value.removeprefix("file:") if value.startswith("file:") else value.rpartition(":")[0]
+    path = Path(place)
+    wanted = value.startswith("file:") or place.endswith(".py")
+    return {place: file_digest(path)} if wanted and path.is_file() else {}
+
+
+def named_code(value: Any) -> frozenset[str]:
+    """Every ``module:name`` that a user wrote in a recipe or in options."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return frozenset(name for item in value for name in named_code(item))
+    return frozenset({value} if isinstance(value, str) and ":" in value else ())
 
 
 def _cpu() -> str:

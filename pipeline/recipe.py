@@ -48,7 +48,8 @@ class ThreatSection(Section):
 
 
 class Trained(Section):
-    """Options of every stage that trains: HARP's and HYDRA's shared settings unless a stage says otherwise."""
+    """Options of every stage that trains. SGD as in HARP (HYDRA: weight decay 1e-4); the cosine falls at every step,
+    where the papers' code steps once an epoch (``cosine-by-epoch``)."""
 
     batch_size: Positive = 128
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

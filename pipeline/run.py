@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rprune.errors import InputError
-from rprune.files import digest_of, partial_folder, stored_key, write_json, write_text
+from rprune.errors import InputError, UsageError
+from rprune.files import digest_of, partial_folder, remove_result, stored_key, write_json, write_text
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
 from rprune.pipeline.bundle import Source, export
-from rprune.pipeline.environment import source_digest
+from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.recipe import (
     CertifyStage,
     ExportStage,
@@ -62,16 +61,21 @@ class Runner:
         """
         self.recipe, self.out = recipe, out
         self.policy: Policy | None = None if recipe.policy is None else read_policy(folder / recipe.policy)
+        start = None if recipe.checkpoint is None else load_any(folder / recipe.checkpoint, recipe.model.arch)
         threat = None if recipe.threat is None else recipe.threat.model()
+        if isinstance(start, Artifact):
+            threat = threat or start.metadata.threat
         self.bench = Bench.open(recipe.data, threat, recipe.seed, device, reporter)
+        self.bench.typed = named_code(recipe.model_dump(mode="json"))
         self.arch = architecture(recipe.model, self.bench.data)
+        self.start = self._adopted(start, folder)
         for stage in recipe.stage:  # find every mistake before hours are spent
             check_stage(stage, self.bench, self.arch)
 
     def plan(self) -> list[tuple[str, Path, bool]]:
         """(kind, folder, already done) of each stage, as far as that is known without running the ones before."""
         rows: list[tuple[str, Path, bool]] = []
-        parent = self._start_key()
+        parent = self._first_key
         for number, stage in enumerate(self.recipe.stage, 1):
             folder = self._folder(number, stage)
             key = self._key(stage, parent)
@@ -83,9 +87,9 @@ class Runner:
         """Run what is not done. Returns the outcome of every stage."""
         self._lock()
         outcomes: list[Outcome] = []
-        artifact = self._start()
+        artifact = self.start
         certificates: Certificates | None = None
-        parent = self._start_key()
+        parent = self._first_key
         for number, stage in enumerate(self.recipe.stage, 1):
             folder, key = self._folder(number, stage), self._key(stage, parent)
             reused = stored_key(folder) == key
@@ -99,18 +103,22 @@ class Runner:
             parent = key
         return outcomes
 
-    def _start(self) -> Artifact | None:
-        if self.recipe.checkpoint is None:
+    def _adopted(self, start: Artifact | dict[str, Any] | None, folder: Path) -> Artifact | None:
+        """The checkpoint as an artifact; one of rprune's own says its architecture itself."""
+        if start is None:
             return None
-        path = Path(self.recipe.checkpoint)
-        found = load_any(path, self.arch.name)
-        artifact = found if isinstance(found, Artifact) else adopt(found, self.arch, "pgd-at", self.bench, path)
-        check_fits(artifact, self.bench.data)
-        return artifact
+        if not isinstance(start, Artifact):
+            return adopt(start, self.arch, "pgd-at", self.bench, folder / str(self.recipe.checkpoint))
+        arch = start.metadata.arch
+        if "arch" in self.recipe.model.model_fields_set and self.arch != arch:
+            raise UsageError(f"the checkpoint is a {arch.name}, the recipe says {self.arch.name}", "leave out [model]")
+        self.arch = arch
+        check_fits(start, self.bench.data)
+        return start
 
-    def _start_key(self) -> str:
-        start = self._start()
-        return "" if start is None else start.digest
+    @property
+    def _first_key(self) -> str:
+        return "" if self.start is None else self.start.digest
 
     def _folder(self, number: int, stage: Stage) -> Path:
         return self.out / ("export" if stage.kind == "export" else f"{number:02d}-{stage.kind}")
@@ -129,7 +137,7 @@ class Runner:
                 "device": bench.device.type,
                 "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,
                 "name": self.recipe.name if stage.kind == "export" else None,
-                "code": source_digest(),
+                "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), self.arch.name])],
             }
         )
 
@@ -140,7 +148,7 @@ class Runner:
         partial = partial_folder(folder, key)
         self._work(stage, partial, artifact, certificates)
         (partial / STATE).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_result(folder)
         partial.replace(folder)
         _sync(folder.parent)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.accuracy import classes_of
 from rprune.evaluation.robustness import robustness
-from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite
+from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite, remove_result
 from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact
-from rprune.pipeline.environment import source_digest
+from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.recipe import DataSection, ModelSection, Section
 from rprune.pipeline.stages import (
     Bench,
@@ -44,6 +45,12 @@ class Request:
     seed: int = 0
     device: str = "auto"
     download: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def model_section(self, arch: str) -> ModelSection:
+        return ModelSection(arch=arch, kwargs=dict(self.kwargs), mean=self.mean, std=self.std)
 
 
 def open_data(request: Request, reporter: Reporter, recorded: Artifact | None = None) -> Bench:
@@ -63,7 +70,12 @@ def open_data(request: Request, reporter: Reporter, recorded: Artifact | None = 
         )
     bench = Bench.open(section, threat, request.seed, request.device, reporter)
     if request.eps is not None or request.norm is not None:
+        if request.eps is None and request.norm != bench.threat.norm:
+            raise UsageError(
+                f"--norm {request.norm} needs its own radius", "give --eps too: the norms' radii do not compare"
+            )
         bench.threat = ThreatModel.of(request.norm or bench.threat.norm, request.eps or bench.threat.text)
+    bench.typed = named_code([request.arch])
     return bench
 
 
@@ -76,13 +88,16 @@ def open_model(path: Path, request: Request, reporter: Reporter) -> tuple[Bench,
     """
     found = load_any(path, request.arch)
     if isinstance(found, Artifact):
+        name = found.metadata.arch.name
+        if request.arch not in (None, name):
+            raise UsageError(f"{path} is a {name}, not a {request.arch}", "leave out --arch: the file says what it is")
         bench = open_data(request, reporter, found)
         check_fits(found, bench.data)
         return bench, found
     if request.arch is None or request.data is None:
         raise UsageError(f"{path} is a plain state_dict", "say what it is: --arch NAME --data SOURCE")
     bench = open_data(request, reporter)
-    arch = architecture(ModelSection(arch=request.arch), bench.data)
+    arch = architecture(request.model_section(request.arch), bench.data)
     return bench, adopt(found, arch, "pgd-at", bench, path)
 
 
@@ -110,13 +125,12 @@ def run_single(
             "source": None if source is None else source.digest,
             "arch": None if arch is None else arch.to_dict(),
             "bench": [bench.record().model_dump(mode="json"), str(bench.threat), bench.seed, bench.device.type],
-            "code": source_digest(),
+            "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), arch and arch.name])],
         }
     )
     partial = partial_folder(output, key, resume)
     made = run_stage(bench, stage, source, arch, partial / "resume.pt")
-    if output.is_dir():
-        shutil.rmtree(output)
+    remove_result(output)
     save_artifact(made, output)
     shutil.rmtree(partial)
     return made
@@ -150,9 +164,15 @@ def certificates_beside(model: Path) -> Path:
     return model.with_name(f"{model.stem}.certificates.json")
 
 
-def read_certificates(path: Path, artifact: Artifact) -> dict[str, Any]:
-    """Raises InputError when the certificates were issued for other weights."""
+def read_certificates(path: Path, artifact: Artifact, bench: Bench) -> dict[str, Any]:
+    """Raises InputError when the certificates were issued for other weights or data."""
     found = read_json(path, "certificates")
-    if not isinstance(found, dict) or found.get("artifact") != artifact.digest:
+    if not isinstance(found, dict) or not {"artifact", "form", "data", "seed"} <= set(found):
+        raise InputError(f"{path} holds no certificates", "run 'rprune certify' again")
+    if found["artifact"] != artifact.digest or found["form"] != ("onnx-int8" if artifact.quantization else "onnx"):
         raise InputError(f"{path} certifies another model", "run 'rprune certify' on this one")
+    if found["data"]["sha256"] != bench.data.test.digest:
+        raise InputError(
+            f"{path} certifies on other data ({found['data']['source']})", "run 'rprune certify' on this data"
+        )
     return found

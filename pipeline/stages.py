@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from rprune.attacks.base import Attack
+from rprune.attacks.pgd import PGD
 from rprune.attacks.suites import suite
 from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Loader, loader
@@ -75,6 +78,7 @@ class Bench:
     seed: int
     device: torch.device
     reporter: Reporter = field(default_factory=Silent)
+    typed: frozenset[str] = frozenset()  # names of user code that the user wrote; names in files are not followed
     _loaders: dict[str, Loader] = field(default_factory=dict)
 
     @classmethod
@@ -105,12 +109,13 @@ class Bench:
 def pick_device(name: str) -> torch.device:
     """``auto`` takes the GPU when there is one. Raises UsageError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # with its index: cuda -> cuda:0
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}", "use cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{name}' is not supported", "use cpu or cuda")
     return device
 
 
@@ -159,10 +164,16 @@ def train(bench: Bench, arch: Architecture, stage: TrainStage, state_file: Path 
 def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | None = None) -> Artifact:
     """Exactly the budget's weights kept, by any registered method."""
     started = time.monotonic()
-    objective = _objective(stage.objective or source.metadata.objective, bench)
+    objective = _objective(stage.objective or recorded_objective(source, bench), bench)
     model = source.model(bench.device)
     method = METHODS.build(stage.method)
     budget = Budget.of({name: w.numel() for name, w in prunable(model).items()}, stage.sparsity, stage.floor)
+    alive = sum(int(w.count_nonzero()) for w in prunable(model).values())
+    if alive < budget.kept:
+        raise InputError(
+            f"the model has {alive} non-zero weights, sparsity {stage.sparsity} would keep {budget.kept}",
+            "it is pruned already; ask for a higher sparsity, or start from the dense model",
+        )
     epochs = method.epochs if stage.epochs is None else stage.epochs
     steps = -(-len(bench.data.train) // stage.batch_size)
     pruner = method.bind(model, budget, Context(epochs, steps, bench.seed))
@@ -176,13 +187,15 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
     artifact = Artifact(metadata, _state(model), {name: mask.cpu() for name, mask in masks.items()})
     resolved = stage.model_copy(update={"method": METHODS.describe(method), "epochs": epochs})
     extra = {"kept": budget.kept, "total": budget.total, "search": pruner.log()}
+    if found.history:
+        extra["target_met"] = found.selected_epoch is not None  # else the search was off the budget in every epoch
     return _finished(artifact, bench, resolved, model, objective, found, started, source, extra)
 
 
 def finetune(bench: Bench, source: Artifact, stage: FinetuneStage, state_file: Path | None = None) -> Artifact:
     """Training with the mask held."""
     started = time.monotonic()
-    objective = _objective(stage.objective or source.metadata.objective, bench)
+    objective = _objective(stage.objective or recorded_objective(source, bench), bench)
     model = source.model(bench.device)
     masks = {name: mask.to(bench.device) for name, mask in source.masks.items()}
     found = _fit(bench, "finetune", model, Fixed(model, masks), objective, stage, stage.epochs, state_file)
@@ -197,14 +210,16 @@ def quantize_8bit(bench: Bench, source: Artifact, stage: QuantizeStage) -> Artif
     """The 8-bit form beside the float weights. Raises InputError for layers that have no 8-bit form."""
     started = time.monotonic()
     network = trace(source.model(), bench.data.shape)
-    batches = [batch.x.cpu() for batch in bench.loader("train").ordered(128, stage.calibration)]
+    # a fixed random choice: data on disk may be sorted by class
+    order = np.random.RandomState(0).permutation(len(bench.data.train))[: stage.calibration]
+    chosen = loader(bench.data.train.select(np.sort(order).astype(np.int64)), torch.device("cpu"))
+    batches = [batch.x for batch in chosen.ordered(128)]
     found = quantize(network, batches)
-    artifact = Artifact(
-        source.metadata.model_copy(update={"stage": "quantize"}), source.state, source.masks, found.tensors()
-    )
+    changes = {"stage": "quantize", "data": bench.record(), "environment": environment(str(bench.device))}
+    artifact = Artifact(source.metadata.model_copy(update=changes), source.state, source.masks, found.tensors())
     twin = simulated(network, found)
     metrics: dict[str, Any] = {"kept": sum(int(w.count_nonzero()) for w in found.weights.values())}
-    metrics["validation"] = _scores(bench, twin, _objective(source.metadata.objective, bench))
+    metrics["validation"] = _scores(bench, twin, PGD())
     config = stage.model_dump(mode="json")
     return _stamped(artifact, "quantize", config, source, time.monotonic() - started, metrics)
 
@@ -263,6 +278,15 @@ def progress_of(bench: Bench, what: str) -> Callable[[int, int, int], None]:
     return lambda done, good, total: bench.reporter.progress(what, done, good, total)
 
 
+def recorded_objective(source: Artifact, bench: Bench) -> dict[str, Any]:
+    """What a model file says it was trained with. Raises InputError when that is code which the user did not name."""
+    spec = source.metadata.objective
+    name = str(spec.get("name", ""))
+    if ":" in name and name not in bench.typed:
+        raise InputError(f"the model was trained with {name}, which is not built in", f"say so: --objective {name}")
+    return spec
+
+
 def _objective(spec: Spec | Mapping[str, Any], bench: Bench) -> Objective:
     return OBJECTIVES.build(spec, threat=bench.threat)
 
@@ -310,7 +334,7 @@ def _fit(
         bench.loader("train"),
         settings,
         augment=bench.data.augment,
-        validate=lambda net: _scores(bench, net, objective),
+        validate=lambda net: _scores(bench, net, objective.attack_used),
         seed=derive(bench.seed, name),
         on_epoch=lambda log: bench.reporter.epoch(name, log),
         state_file=state_file,
@@ -319,13 +343,12 @@ def _fit(
     return found
 
 
-def _scores(bench: Bench, net: nn.Module, objective: Objective) -> dict[str, float]:
-    """Validation accuracy, clean and under the objective's own attack; the latter is the score where there is one."""
+def _scores(bench: Bench, net: nn.Module, attack: Attack | None) -> dict[str, float]:
+    """Validation accuracy, clean and under an attack; the latter is the score where there is one."""
     was_training = net.training
     net.eval()
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     data = bench.loader("validation") if device == bench.device else loader(bench.data.validation, device)
-    attack = objective.attack_used
     if attack is None:
         found = predictions(classes_of(net), data)
         scores = {"validation_accuracy": found.correct / found.n, "score": found.correct / found.n}
@@ -351,7 +374,7 @@ def _finished(
 ) -> Artifact:
     metrics: dict[str, Any] = {"selected_epoch": found.selected_epoch} if found.selected_epoch else {}
     metrics |= dict(extra or {})
-    metrics["validation"] = _scores(bench, model, objective)
+    metrics["validation"] = _scores(bench, model, objective.attack_used)
     config = stage.model_dump(mode="json") | {"objective": OBJECTIVES.describe(objective)}
     history = [{"epoch": float(log.epoch)} | log.values for log in found.history]
     seconds = time.monotonic() - started
@@ -400,6 +423,10 @@ def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None
         Budget.of(sizes, stage.sparsity, stage.floor)
     if isinstance(stage, ExportStage):
         suite(stage.suite)
+    if arch is not None and (
+        isinstance(stage, QuantizeStage) or (isinstance(stage, CertifyStage) and "ibp" in stage.methods)
+    ):
+        trace(build(arch), bench.data.shape)
 
 
 def check_fits(artifact: Artifact, data: DataSet) -> None:

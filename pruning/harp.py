@@ -72,7 +72,8 @@ class HarpPruner(ScorePruner):
         # a diverged run has NaN here; the loop reports it once the epoch is over
         shares = rate(self.r.detach().double(), self.budget.density).nan_to_num(0.0).tolist()
         return {
-            name: max(n - int((1 - a) * n), 1) for (name, n), a in zip(self.budget.sizes.items(), shares, strict=True)
+            name: max(n - int((1 - a) * n), min(self.budget.floor, n))
+            for (name, n), a in zip(self.budget.sizes.items(), shares, strict=True)
         }
 
     def effective(self) -> dict[str, Tensor]:

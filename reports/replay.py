@@ -116,7 +116,10 @@ class Replay:
         attacked = self.report.threat
         covers = claim.threat.norm == attacked.norm and claim.threat.eps_float >= attacked.eps_float
         broken = [row for row in rows if row["attack"]] if covers else []
-        return len(rows) == claim.correct and not wrong and not broken, f"{len(rows)} certified samples, none broken"
+        return (
+            len(rows) == claim.correct and not wrong and not broken,
+            f"{len(rows)} certified samples, none broken; the bounds themselves are self-attested",
+        )
 
     def ball(self) -> Outcome:
         index, points = self.witnesses

@@ -73,7 +73,7 @@ def fit(
     """Train what ``pruner`` offers, in place, and leave the model in the state of the selected epoch.
 
     All randomness of an epoch comes from (seed, epoch), so a run that resumes from ``state_file`` after any finished
-    epoch ends with the same weights, bit for bit, as one that was never interrupted.
+    epoch ends with the same weights, bit for bit on a CPU, as one that was never interrupted.
 
     Raises:
         WorkError: the loss is not finite.

@@ -83,16 +83,11 @@ def test_reported_points_lie_in_the_ball_and_fool_the_artifact(net: Net, data: R
 
 
 def test_only_the_verdict_of_the_artifact_counts(net: Net, data: Resident) -> None:
-    labels = data.labels.clone()
-    position = {image.numpy().tobytes(): i for i, image in enumerate(data.images.float() / 255)}
-    seen: list[int] = []
+    images = data.images.flatten(1).float() / 255
 
     def always_right(x: Tensor) -> Tensor:
-        known = [position.get(image.numpy().tobytes()) for image in x]
-        if None not in known:
-            seen[:] = [k for k in known if k is not None]
-            return labels[seen]
-        return labels[seen]  # points of an attack on the one clean batch, all of which is alive
+        nearest = torch.cdist(x.flatten(1), images).argmin(1)  # the image that a point was made from
+        return data.labels[nearest]
 
     found = run(net, data, verify=always_right, batch_size=60)
     assert found.correct == 60
@@ -231,7 +226,9 @@ def test_transfer_does_not_stop_at_the_boundary_of_the_other_net(data: Resident)
         patch.setattr("rprune.evaluation.robustness.ATTACKS.name_of", lambda attack: "watched")
         one, two = Net(0).eval(), Net(1).eval()
         robustness([one, two], classes_of(one), data, THREAT, [Watched(steps=2)])
-    assert seen == [0.0, math.inf]
+    # a point on the very boundary may count as a miss of the first net, which then goes on too
+    assert seen[0] == 0.0
+    assert set(seen[1:]) == {math.inf}
 
 
 def test_progress_counts_up_to_the_total(net: Net, data: Resident) -> None:

@@ -162,3 +162,40 @@ def test_model_computes_with_the_weights(trained, bench):
     batch = next(iter(bench.loader("test").ordered(100, 100)))
     assert float((model(batch.x).argmax(1) == batch.y).float().mean()) > 0.5
     assert equal(model.state_dict(), trained.state)
+
+
+def test_an_objective_that_a_file_names_is_never_run(trained, tmp_path):
+    """Like the architecture: code of users is followed where they wrote its name, not where a model file has it."""
+    from rprune.cli.app import main
+
+    source, trace = tmp_path / "evil.py", tmp_path / "ran"
+    source.write_text(f"open({str(trace)!r}, 'w').close()\n")
+    path = tmp_path / "m.pt"
+    save_artifact(trained.with_metadata(objective={"name": f"{source}:X"}), path)
+    for command in (["prune", "-s", "0.5", "-m", "lwm"], ["finetune", "--epochs", "1"], ["quantize"]):
+        with pytest.raises(SystemExit) as done:
+            main([command[0], str(path), *command[1:], "-o", str(tmp_path / f"{command[0]}.pt"), "-q"])
+        assert done.value.code == (0 if command == ["quantize"] else 3)
+        assert not trace.exists()
+
+
+def test_an_objective_of_the_user_travels_by_the_name_it_was_given(tmp_path):
+    from rprune.cli.app import main
+
+    source = tmp_path / "objective.py"
+    source.write_text(
+        "from dataclasses import dataclass\n"
+        "from rprune.objectives.benign import Benign\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(Benign):\n    '''Mine.'''\n"
+    )
+    name, model, pruned = f"{source}:Mine", tmp_path / "m.pt", tmp_path / "p.pt"
+    arguments = {
+        model: ["train", "--data", "digits", "--epochs", "1", "--objective", name],
+        pruned: ["prune", str(model), "-s", "0.5", "-m", "lwm", "--objective", name],
+    }
+    for output, command in arguments.items():
+        with pytest.raises(SystemExit) as done:
+            main([*command, "-o", str(output), "-q"])
+        assert done.value.code == 0
+        assert load_artifact(output).metadata.objective == {"name": name}

@@ -129,12 +129,21 @@ def test_float_model_alone(bench, trained, tmp_path):
     assert report.gate is None
 
 
-def test_certificates_of_other_weights_are_refused(certificates, trained, tmp_path):
+def test_certificates_of_other_data_are_refused(bench, certificates, quantized, tmp_path):
+    import json
+
+    other = certificates | {"data": {"source": "npz:other.npz", "sha256": "0" * 64}}
+    (tmp_path / "c.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="other data"):
+        read_certificates(tmp_path / "c.json", quantized, bench)
+
+
+def test_certificates_of_other_weights_are_refused(bench, certificates, trained, tmp_path):
     import json
 
     (tmp_path / "c.json").write_text(json.dumps(certificates))
     with pytest.raises(InputError, match="another model"):
-        read_certificates(tmp_path / "c.json", trained)
+        read_certificates(tmp_path / "c.json", trained, bench)
 
 
 def test_a_broken_sample_that_is_certified_is_a_bug(bench, quantized, certificates, tmp_path):
