@@ -1,0 +1,99 @@
+"""What a user says about a model file, against what the file says itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from rprune.cli.app import main
+from rprune.errors import InputError, UsageError
+from rprune.files import remove_result
+from rprune.pipeline.artifact import save_artifact
+from rprune.pipeline.environment import named_code, referenced_files
+from rprune.pipeline.single import Request, open_model
+from rprune.pipeline.stages import PruneStage, Silent, pick_device, prune
+
+
+@pytest.fixture
+def model(trained, tmp_path):
+    path = tmp_path / "m.pt"
+    save_artifact(trained, path)
+    return path
+
+
+def test_another_architecture_than_the_file_says_is_refused(model):
+    with pytest.raises(UsageError, match="is a cnn-small, not a vgg16"):
+        open_model(model, Request(arch="vgg16"), Silent())
+
+
+def test_another_norm_needs_its_own_radius(model):
+    with pytest.raises(UsageError, match="needs its own radius"):
+        open_model(model, Request(norm="l2"), Silent())
+    bench, _ = open_model(model, Request(norm="l2", eps="0.5"), Silent())
+    assert str(bench.threat) == "l2 0.5"
+
+
+def test_pruning_below_what_is_left_is_refused(bench, trained):
+    pruned = prune(bench, trained, PruneStage(method="lwm", sparsity=0.99))
+    with pytest.raises(InputError, match="222 non-zero weights"):
+        prune(bench, pruned, PruneStage(method="lwm", sparsity=0.5))
+    again = prune(bench, pruned, PruneStage(method="lwm", sparsity=0.99))
+    assert all((again.masks[name] == mask).all() for name, mask in pruned.masks.items())
+
+
+def test_a_search_that_misses_its_target_says_so(bench, trained):
+    missed = prune(bench, trained, PruneStage(method={"name": "harp", "gamma_step": 1e-9}, sparsity=0.95, epochs=1))
+    assert missed.metadata.lineage[-1].metrics["target_met"] is False
+    assert sum(int(mask.sum()) for mask in missed.masks.values()) == missed.metadata.budget
+
+
+def test_folders_of_others_are_never_deleted(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match="did not write"):
+        remove_result(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    (tmp_path / "mine" / "report.json").write_text("{}")
+    remove_result(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_export_with_force_spares_a_folder_of_others(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("x")
+    with pytest.raises(SystemExit) as done:
+        main(["export", str(model), "-o", str(tmp_path / "out"), "--suite", "fgsm", "--limit", "10", "-q", "--force"])
+    assert done.value.code == 2
+    assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_content_of_named_files_is_part_of_a_specification(tmp_path):
+    path = tmp_path / "m.py"
+    path.write_text("a")
+    spec = {"method": {"name": f"{path}:X", "allocation": "erk"}, "n": 3}
+    first = referenced_files(spec)
+    path.write_text("b")
+    assert set(first) == {str(path)}
+    assert referenced_files(spec) != first
+    assert referenced_files([f"file:{path}", "digits", "npz:x.npz"]).keys() == {str(path)}
+    assert named_code(spec) == {f"{path}:X"}
+
+
+def test_devices_carry_their_index_and_kind(monkeypatch):
+    assert str(pick_device("cpu")) == "cpu"
+    for name in ("meta", "gpu", "cuda:99"):
+        with pytest.raises(UsageError):
+            pick_device(name)
+
+
+def test_normalisation_and_arguments_reach_the_architecture(tmp_path):
+    out = tmp_path / "m.pt"
+    options = ["--mean", "0.3", "--std", "0.5", "--arch", "lenet", "--arch-arg", "width=2", "--epochs", "1"]
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--data", "digits", "--objective", "benign", *options, "-o", str(out), "-q"])
+    assert done.value.code == 0
+    _, artifact = open_model(out, Request(), Silent())
+    arch = artifact.metadata.arch
+    assert (arch.mean, arch.std, arch.kwargs) == ((0.3,), (0.5,), {"width": 2})
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--data", "digits", "--mean", "a,b", "--std", "1", "-o", str(tmp_path / "n.pt"), "-q"])
+    assert done.value.code == 2
