@@ -26,10 +26,11 @@ SUITE = "pgd50x5"
 
 def measure(seeds: tuple[int, ...]) -> dict[str, Any]:
     """Run everything; a few seconds a row."""
+    from rprune.pipeline.bench import Bench, architecture
     from rprune.pipeline.environment import environment
     from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, PruneStage, TrainStage
     from rprune.pipeline.single import measure as evaluate
-    from rprune.pipeline.stages import Bench, architecture, finetune, prune, train
+    from rprune.pipeline.stages import finetune, prune, train
 
     stages = {
         "train": TrainStage(epochs=60),

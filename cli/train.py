@@ -34,9 +34,9 @@ def train(
 ) -> None:
     """Train a robust model (benign, PGD-AT, TRADES)."""
     from rprune.cli.work import work
+    from rprune.pipeline.bench import architecture
     from rprune.pipeline.recipe import TrainStage, validated
     from rprune.pipeline.single import Request, open_data
-    from rprune.pipeline.stages import architecture
 
     table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
     stage = validated(TrainStage, o.with_settings(table, settings), "options")

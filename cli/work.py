@@ -12,8 +12,8 @@ from rprune.cli.console import ProgressLines, note, print_artifact, print_json, 
 if TYPE_CHECKING:
     from rprune.models.registry import Architecture
     from rprune.pipeline.artifact import Artifact
+    from rprune.pipeline.bench import Bench
     from rprune.pipeline.recipe import Section
-    from rprune.pipeline.stages import Bench
 
 
 def work(

@@ -27,10 +27,11 @@ from rprune.export.session import OnnxClassifier, stored_weights, weight_counts
 from rprune.files import atomic, digest_of, file_digest, write_json, write_text
 from rprune.models.prunable import prunable
 from rprune.pipeline.artifact import Artifact, save_tensors
+from rprune.pipeline.bench import Bench
 from rprune.pipeline.claims import certified_claims, check_order, empirical_claims, write_evidence
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.recipe import ExportStage
-from rprune.pipeline.stages import Bench, Certificates, networks
+from rprune.pipeline.stages import Certificates, networks
 from rprune.reports.evidence import broken_samples
 from rprune.reports.gate import Policy, judge
 from rprune.reports.html import render_html

@@ -16,8 +16,9 @@ from rprune.errors import WorkError
 from rprune.evaluation.robustness import Robustness
 from rprune.files import file_digest, write_text
 from rprune.pipeline.artifact import save_tensors
+from rprune.pipeline.bench import Bench
 from rprune.pipeline.recipe import ExportStage
-from rprune.pipeline.stages import Bench, Certificates
+from rprune.pipeline.stages import Certificates
 from rprune.reports.schema import Claim, Fidelity, Interval, Point, Role, Threat
 from rprune.threat import ThreatModel
 

@@ -13,6 +13,7 @@ from typing import Any
 from rprune.errors import InputError, UsageError
 from rprune.files import digest_of, partial_folder, remove_result, stored_key, write_json, write_text
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
+from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
 from rprune.pipeline.bundle import Source, export
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.recipe import (
@@ -21,17 +22,7 @@ from rprune.pipeline.recipe import (
     Recipe,
     Stage,
 )
-from rprune.pipeline.stages import (
-    Bench,
-    Certificates,
-    Reporter,
-    adopt,
-    architecture,
-    certify,
-    check_fits,
-    check_stage,
-    run_stage,
-)
+from rprune.pipeline.stages import Certificates, adopt, certify, check_stage, run_stage
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
 

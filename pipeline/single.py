@@ -18,19 +18,10 @@ from rprune.evaluation.robustness import robustness
 from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite, remove_result
 from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact
+from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits, progress_of
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.recipe import DataSection, ModelSection, Section
-from rprune.pipeline.stages import (
-    Bench,
-    Reporter,
-    adopt,
-    architecture,
-    check_fits,
-    check_stage,
-    networks,
-    progress_of,
-    run_stage,
-)
+from rprune.pipeline.stages import adopt, check_stage, networks, run_stage
 from rprune.threat import ThreatModel
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,8 @@ from rprune.attacks.base import Attack
 from rprune.attacks.pgd import PGD
 from rprune.attacks.suites import suite
 from rprune.certification.smoothing import Smoothing
-from rprune.data.loaders import Loader, loader
-from rprune.data.sources import load_data
-from rprune.data.splits import DataSet
-from rprune.errors import InputError, UsageError, WorkError
+from rprune.data.loaders import loader
+from rprune.errors import InputError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
@@ -27,14 +24,13 @@ from rprune.models.graph import trace
 from rprune.models.prunable import prunable
 from rprune.models.registry import Architecture, build
 from rprune.objectives.base import OBJECTIVES, Objective
-from rprune.pipeline.artifact import Artifact, DataRecord, Metadata
+from rprune.pipeline.artifact import Artifact, Metadata
+from rprune.pipeline.bench import Bench, progress_of
 from rprune.pipeline.environment import environment
 from rprune.pipeline.recipe import (
     CertifyStage,
-    DataSection,
     ExportStage,
     FinetuneStage,
-    ModelSection,
     PruneStage,
     QuantizeStage,
     Section,
@@ -50,77 +46,8 @@ from rprune.quantization.ptq import Quantization, quantize, simulated
 from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
 from rprune.threat import ThreatModel
-from rprune.training.loop import EpochLog, FitResult, Settings, fit
+from rprune.training.loop import FitResult, Settings, fit
 from rprune.training.schedules import schedule
-
-
-class Reporter(Protocol):
-    """Where progress goes; the command line draws bars, the library is silent."""
-
-    def epoch(self, stage: str, log: EpochLog) -> None: ...
-
-    def progress(self, what: str, done: int, good: int, total: int) -> None: ...
-
-
-class Silent:
-    def epoch(self, stage: str, log: EpochLog) -> None: ...
-
-    def progress(self, what: str, done: int, good: int, total: int) -> None: ...
-
-
-@dataclass(eq=False)
-class Bench:
-    """What all stages of a run share: data on its device, threat model, seed, reporter."""
-
-    data: DataSet
-    section: DataSection
-    threat: ThreatModel
-    seed: int
-    device: torch.device
-    reporter: Reporter = field(default_factory=Silent)
-    typed: frozenset[str] = frozenset()  # names of user code that the user wrote; names in files are not followed
-    _loaders: dict[str, Loader] = field(default_factory=dict)
-
-    @classmethod
-    def open(
-        cls, section: DataSection, threat: ThreatModel | None, seed: int, device: str, reporter: Reporter | None = None
-    ) -> Bench:
-        data = load_data(
-            section.source, download=section.download, validation=section.validation, augment=section.augment
-        )
-        return cls(data, section, threat or data.threat, seed, pick_device(device), reporter or Silent())
-
-    def loader(self, split: str) -> Loader:
-        if split not in self._loaders:
-            self._loaders[split] = loader(self.data.split(split), self.device)
-        return self._loaders[split]
-
-    def record(self) -> DataRecord:
-        splits = ("train", "validation", "test")
-        return DataRecord(
-            source=self.data.source,
-            validation=self.section.validation,
-            augment=self.data.augment,
-            classes=list(self.data.classes),
-            sha256={name: self.data.split(name).digest for name in splits},
-        )
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes the GPU when there is one. Raises UsageError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device  # with its index: cuda -> cuda:0
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}", "use cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device '{name}' is not supported", "use cpu or cuda")
-    return device
-
-
-def architecture(section: ModelSection, data: DataSet) -> Architecture:
-    return Architecture(section.arch, len(data.classes), data.shape, section.kwargs, section.mean, section.std)
 
 
 def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, bench: Bench, origin: Path) -> Artifact:
@@ -273,11 +200,6 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates
     return found
 
 
-def progress_of(bench: Bench, what: str) -> Callable[[int, int, int], None]:
-    """A callback (done, good, total) that reports under a name."""
-    return lambda done, good, total: bench.reporter.progress(what, done, good, total)
-
-
 def recorded_objective(source: Artifact, bench: Bench) -> dict[str, Any]:
     """What a model file says it was trained with. Raises InputError when that is code which the user did not name."""
     spec = source.metadata.objective
@@ -427,17 +349,3 @@ def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None
         isinstance(stage, QuantizeStage) or (isinstance(stage, CertifyStage) and "ibp" in stage.methods)
     ):
         trace(build(arch), bench.data.shape)
-
-
-def check_fits(artifact: Artifact, data: DataSet) -> None:
-    """Raises InputError when a model and a data set cannot go together."""
-    arch = artifact.metadata.arch
-    if arch.num_classes != len(data.classes):
-        raise InputError(
-            f"the model has {arch.num_classes} classes, {data.source} has {len(data.classes)}",
-            "give the matching --data",
-        )
-    if arch.input_shape != data.shape:
-        raise InputError(
-            f"the model takes images of {arch.input_shape}, {data.source} has {data.shape}", "give the matching --data"
-        )

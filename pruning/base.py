@@ -108,7 +108,7 @@ class Fixed(Pruner):
         return self._masks
 
 
-class Scored(Pruner):
+class Scored(Pruner, ABC):
     """Base of methods that learn a score for every weight and keep the weights themselves (HYDRA and its heirs).
 
     ``weights`` holds the dense pretrained values. ``effective`` is the differentiable form of the weights in use; its
@@ -124,17 +124,17 @@ class Scored(Pruner):
         )
         self._norms = [p for module in norms for p in module.parameters(recurse=False)]
 
+    @abstractmethod
     def counts(self) -> dict[str, int]:
         """Kept weights of each layer now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def current_masks(self) -> Masks:
         """Masks of the search, which may be off the budget while a method still looks for its rates."""
-        raise NotImplementedError
 
+    @abstractmethod
     def effective(self) -> dict[str, Tensor]:
         """Weights in use, as a function of what is learned."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         gradients = {name: w.grad for name, w in self._held.items() if w.grad is not None}

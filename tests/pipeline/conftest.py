@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from rprune.pipeline.bench import Bench, architecture
 from rprune.pipeline.recipe import DataSection, ModelSection, PruneStage, QuantizeStage, TrainStage
-from rprune.pipeline.stages import Bench, architecture, prune, quantize_8bit, train
+from rprune.pipeline.stages import prune, quantize_8bit, train
 from rprune.threat import ThreatModel
 
 

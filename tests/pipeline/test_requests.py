@@ -8,9 +8,10 @@ from rprune.cli.app import main
 from rprune.errors import InputError, UsageError
 from rprune.files import remove_result
 from rprune.pipeline.artifact import save_artifact
+from rprune.pipeline.bench import Silent, pick_device
 from rprune.pipeline.environment import named_code, referenced_files
 from rprune.pipeline.single import Request, open_model
-from rprune.pipeline.stages import PruneStage, Silent, pick_device, prune
+from rprune.pipeline.stages import PruneStage, prune
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_content_of_named_files_is_part_of_a_specification(tmp_path):
     assert named_code(spec) == {f"{path}:X"}
 
 
-def test_devices_carry_their_index_and_kind(monkeypatch):
+def test_devices_carry_their_index_and_kind():
     assert str(pick_device("cpu")) == "cpu"
     for name in ("meta", "gpu", "cuda:99"):
         with pytest.raises(UsageError):

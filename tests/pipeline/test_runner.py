@@ -18,9 +18,9 @@ from rprune.errors import InputError, UsageError
 from rprune.files import stored_key
 from rprune.pipeline import run as run_module
 from rprune.pipeline.artifact import save_artifact
+from rprune.pipeline.bench import Silent
 from rprune.pipeline.recipe import read_recipe
 from rprune.pipeline.run import Runner
-from rprune.pipeline.stages import Silent
 
 RECIPE = """
 rprune = 1

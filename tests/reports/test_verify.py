@@ -30,6 +30,7 @@ POLICY = {"gate": [{"metric": "sparsity", "value": 0.5}, {"metric": "robust_accu
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
+    from rprune.pipeline.bench import Bench, architecture
     from rprune.pipeline.bundle import Source, export
     from rprune.pipeline.recipe import (
         CertifyStage,
@@ -40,7 +41,7 @@ def original(tmp_path_factory):
         QuantizeStage,
         TrainStage,
     )
-    from rprune.pipeline.stages import Bench, architecture, certify, prune, quantize_8bit, train
+    from rprune.pipeline.stages import certify, prune, quantize_8bit, train
     from rprune.threat import ThreatModel
 
     bench = Bench.open(DataSection(source="digits"), ThreatModel.of("linf", str(EPS)), 0, "cpu")
