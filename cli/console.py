@@ -46,9 +46,12 @@ def print_error(error: RpruneError) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", show_header=any(columns)
+    )
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        words = all(not row[index][:1] or row[index][:1].isalpha() or "/" in row[index][1:2] for row in rows)
+        table.add_column(column, justify="left" if index == 0 or words else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     stdout.print(table)
@@ -173,6 +176,8 @@ def print_report(report: Report, where: str) -> None:
     )
     if report.gate is not None:
         print_gate(report.gate)
+    for line in report.warnings:
+        note(f"warning: {line}")
     stdout.print(Text(f"report  {where}/report.json\n        {where}/report.html"))
     for subject in report.subjects:
         if subject.role in ("onnx", "onnx-int8"):

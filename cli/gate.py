@@ -12,7 +12,7 @@ from rprune.errors import UsageError
 
 def gate(
     report: Annotated[Path, typer.Argument(help="report.json, or the folder it lies in.")],
-    policy: Annotated[Path | None, typer.Option("--policy", help="TOML file with [[gate]] tables.")] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="TOML file with a table for each rule.")] = None,
     at_least: Annotated[
         list[str] | None, typer.Option("--min", help="METRIC[@FILE]=VALUE that must be reached; repeatable.")
     ] = None,

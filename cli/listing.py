@@ -42,9 +42,11 @@ def known(kind: str) -> list[dict[str, Any]]:
             for name, path in shipped_recipes().items()
         ]
     if kind == "data":
+        from rprune.data.sources import ABOUT
         from rprune.data.sources import KINDS as SOURCES
 
-        return [{"name": name, "what": ""} for name in SOURCES]
+        where = "torchvision's, in NAME:DIR, $RPRUNE_DATA or ~/.cache/rprune; --download fetches it"
+        return [{"name": name, "what": ABOUT.get(name, where)} for name in SOURCES]
     if kind in ("suites", "allocators", "schedules"):
         from rprune.attacks.suites import SUITES
         from rprune.pruning.allocation import ALLOCATORS

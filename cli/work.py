@@ -31,8 +31,10 @@ def work(
     next_step: str,
 ) -> None:
     """Run one stage and show what it changed."""
-    from rprune.pipeline.single import run_single
+    from rprune.models.registry import is_trusted
+    from rprune.pipeline.single import prepare, run_single
 
+    prepare(bench, stage, source, output, arch=arch, force=force)
     plan = stage.model_dump(mode="json") | {
         "data": bench.data.source,
         "threat": str(bench.threat),
@@ -42,11 +44,11 @@ def work(
     }
     if not reporter.quiet and not as_json:
         note("Plan   " + "  ".join(f"{key} {_short(value)}" for key, value in plan.items() if value is not None))
-    made = run_single(bench, stage, source, output, arch=arch, force=force, resume=resume, dry_run=dry_run)
-    if made is None:
+    if dry_run:
         if as_json:
             print_json({"plan": plan})
         return
+    made = run_single(bench, stage, source, output, arch=arch, resume=resume)
     if as_json:
         entry = made.metadata.lineage[-1].model_dump(mode="json")
         print_json({"output": str(output), "stage": entry, "threat": str(bench.threat), "digest": made.digest})
@@ -56,7 +58,8 @@ def work(
         note("The search never met the budget: its result was cut to it. More --epochs help.")
     stdout.print(Text(f"sha256 of the tensors  {made.digest}"))
     if not reporter.quiet:
-        note(f"Next: {next_step}")
+        name = made.metadata.arch.name
+        note(f"Next: {next_step}" + ("" if is_trusted(name) else f" --arch {name}"))
 
 
 def _short(value: Any) -> str:

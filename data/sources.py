@@ -30,6 +30,16 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any], Augment, str]]
     "mnist": ("MNIST", {"train": True}, {"train": False}, "none", "0.3"),
     "fashion-mnist": ("FashionMNIST", {"train": True}, {"train": False}, "none", "0.1"),
 }
+CHANNELS = (1, 3)
+NPZ = (
+    "an .npz file holds train_images and test_images, uint8 of n x height x width [x channels], "
+    "train_labels and test_labels, integers from 0, and may hold class_names"
+)
+ABOUT = {
+    "digits": "scikit-learn's handwritten digits, 1,797 images of 1x8x8, built in",
+    "npz:FILE": NPZ,
+    "imagefolder:DIR[?size=N]": "DIR/train/CLASS/*.png and DIR/test likewise; or DIR/CLASS/*.png, 20 % become the test",
+}
 KINDS = ("digits", "npz:FILE", "imagefolder:DIR[?size=N]", *TORCHVISION)
 
 
@@ -96,7 +106,7 @@ def _npz(place: str) -> _Found:
     needed = ("train_images", "train_labels", "test_images", "test_labels")
     missing = [name for name in needed if name not in arrays]
     if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}", f"needed arrays: {', '.join(needed)}")
+        raise InputError(f"{path} lacks {', '.join(missing)}", NPZ)
     labels = [arrays["train_labels"], arrays["test_labels"]]
     whole = all(array.size and array.dtype.kind in "iu" for array in labels)
     if not whole:
@@ -108,6 +118,9 @@ def _npz(place: str) -> _Found:
     for name in ("train", "test"):
         images = arrays[f"{name}_images"]
         images = images[..., None] if images.ndim == 3 else images
+        if images.ndim == 4 and images.shape[3] not in CHANNELS:
+            shape = "x".join(map(str, images.shape))
+            raise InputError(f"{path}: {name}_images are {shape}", "store them as n x height x width x channels, uint8")
         images = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images
         splits.append(checked(name, images, arrays[f"{name}_labels"].reshape(-1), classes, str(path)))
     if splits[0].shape != splits[1].shape:

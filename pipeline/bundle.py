@@ -61,6 +61,9 @@ FILES: dict[str, Role] = {
     "evidence/samples.csv": "evidence",
     "evidence/adversarial.safetensors": "evidence",
 }
+CONSTANT = (
+    "The model predicts one class for every sample: it has learned nothing, and its certificates are trivially true."
+)
 LIMITATIONS = [
     "Empirical robust accuracy is an upper bound: a stronger attack may find more.",
     "Accuracies hold for the named test samples; the intervals cover sampling of those, not a shift of the data.",
@@ -317,4 +320,5 @@ def _report(
         evidence=Evidence(witness_count=len(result.broken_ids)),
         environment=environment(str(bench.device)),
         limitations=LIMITATIONS,
+        warnings=[CONSTANT] if int(torch.unique(result.clean.predicted).numel()) == 1 else [],
     )

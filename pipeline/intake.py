@@ -28,6 +28,9 @@ def classify(path: Path) -> Kind:
 
     Raises InputError when the file is missing, empty, or an archive that is cut short.
     """
+    if path.is_dir():
+        files = ", ".join(sorted(p.name for p in path.glob("*.*"))[:6])
+        raise InputError(f"{path} is a folder", f"name a file in it: {files}")
     if not path.is_file():
         raise InputError(f"model file {path} is not there", "check the path")
     with path.open("rb") as file:

@@ -176,7 +176,7 @@ def validated(section: type[Any], table: Mapping[str, Any], origin: str) -> Any:
         # an unknown key is the likelier mistake than the required one that it was meant to be
         problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         if problem["type"] == "extra_forbidden":
-            place = [str(part) for part in problem["loc"]]
+            place = [str(part) for part in problem["loc"] if not isinstance(part, int)]  # as --set addresses it
             raise unknown_name(f"key in {origin}", ".".join(place), _siblings(section, place)) from None
         if problem["type"] == "union_tag_invalid":
             raise unknown_name(f"stage in {origin}", str(problem["ctx"]["tag"]), STAGES) from None
@@ -189,7 +189,7 @@ def _siblings(section: type[Any], place: Sequence[str]) -> list[str]:
     for part in place[:-1]:
         if part in STAGES:
             owner = STAGES[part]
-        elif part in owner.model_fields and not part.isdigit():
+        elif part in owner.model_fields:
             annotation = owner.model_fields[part].annotation
             candidates = [annotation, *getattr(annotation, "__args__", ())]
             owner = next((a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)), owner)
@@ -211,7 +211,8 @@ def override(table: dict[str, Any], setting: str) -> None:
         if isinstance(place, list):
             stages = [entry for entry in place if entry.get("kind") == part]
             if not stages:
-                raise UsageError(f"--set {setting}: the recipe has no {part} stage", "address a stage by its kind")
+                kinds = ", ".join(str(entry.get("kind")) for entry in place)
+                raise UsageError(f"--set {setting}: the recipe has no {part} stage", f"its stages are {kinds}")
             place = stages[0]
         else:
             if isinstance(place.get(part), str):  # method = "harp" -> { name = "harp" }

@@ -92,6 +92,19 @@ def open_model(path: Path, request: Request, reporter: Reporter) -> tuple[Bench,
     return bench, adopt(found, arch, "pgd-at", bench, path)
 
 
+def prepare(
+    bench: Bench, stage: Section, source: Artifact | None, output: Path, *, arch: Architecture | None, force: bool
+) -> None:
+    """Find every mistake that can be found without running the stage. Writes nothing.
+
+    Raises UsageError or InputError.
+    """
+    check_stage(stage, bench, arch or (None if source is None else source.metadata.arch))
+    refuse_overwrite(output, force)
+    if output.suffix not in ("", ".pt", ".safetensors"):
+        raise UsageError(f"cannot write '{output.suffix}' files", "name a .pt or .safetensors file, or a folder")
+
+
 def run_single(
     bench: Bench,
     stage: Section,
@@ -99,17 +112,9 @@ def run_single(
     output: Path,
     *,
     arch: Architecture | None = None,
-    force: bool = False,
     resume: bool = True,
-    dry_run: bool = False,
-) -> Artifact | None:
-    """Run one stage and write its artifact (None after a dry run). Interrupted, the same call continues."""
-    check_stage(stage, bench, arch or (None if source is None else source.metadata.arch))
-    refuse_overwrite(output, force)
-    if output.suffix not in ("", ".pt", ".safetensors"):
-        raise UsageError(f"cannot write '{output.suffix}' files", "name a .pt or .safetensors file, or a folder")
-    if dry_run:
-        return None
+) -> Artifact:
+    """Run one prepared stage and write its artifact. Interrupted, the same call continues."""
     key = digest_of(
         {
             "stage": stage.model_dump(mode="json"),

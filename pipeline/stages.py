@@ -53,8 +53,8 @@ from rprune.training.schedules import schedule
 def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, bench: Bench, origin: Path) -> Artifact:
     """A foreign state_dict as an artifact. Raises InputError when it does not fit the architecture or the data."""
     artifact = Artifact(_metadata("import", arch, bench, _objective(objective, bench)), state)
-    artifact.model()
-    return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, {})
+    metrics = {"validation": _scores(bench, artifact.model(bench.device), None)}
+    return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, metrics)
 
 
 def run_stage(

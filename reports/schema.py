@@ -193,6 +193,7 @@ class Report(Part):
     evidence: Evidence
     gate: Gate | None = None
     environment: dict[str, Any]
+    warnings: list[str] = []  # what is wrong with this model, against limitations, which hold for every one
     limitations: list[str]
     assurance: Literal["self_attested"] = "self_attested"
 

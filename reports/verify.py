@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rprune.data.sources import load_data
-from rprune.errors import IntegrityError
+from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.export.session import stored_weights
 from rprune.files import digest_of, file_digest
@@ -85,7 +85,11 @@ def verify(
     roles = {subject.role: paths[subject.name] for subject in report.subjects}
     _static(result, report, paths, roles, policy)
     if level == "replay":
-        test = load_data(data or report.data.source).test
+        try:
+            test = load_data(data or report.data.source).test
+        except InputError as error:
+            hint = f"the bundle was made with {report.data.source}; say where it is here: --data, or use --level static"
+            raise InputError(error.message, hint) from None
         if result.check(
             "data", lambda: (test.digest == report.data.sha256, f"test split of {data or report.data.source}")
         ):

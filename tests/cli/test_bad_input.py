@@ -267,7 +267,7 @@ def test_data_that_cannot_be_read(bench, tmp_path):
     ("change", "wanted"),
     [
         (("name =", "nam ="), "did you mean 'name'?"),
-        (("epochs =", "epochss ="), "did you mean 'stage.0.train.epochs'?"),
+        (("epochs =", "epochss ="), "did you mean 'stage.train.epochs'?"),
         (('kind = "prune"', 'kind = "prun"'), "did you mean 'prune'?"),
         (('source = "digits"', 'source = "digits"\nsorce = 1'), "did you mean 'data.source'?"),
         (("sparsity = 0.5", "sparsity = 1.5"), "sparsity"),

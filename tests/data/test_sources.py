@@ -384,3 +384,12 @@ def test_unknown_source_offers_the_nearest(source: str, near: str) -> None:
     assert "digits" in caught.value.hint
     if near:
         assert f"did you mean '{near}'" in caught.value.hint
+
+
+def test_npz_of_channels_first_is_refused_with_the_layout(tmp_path: Path) -> None:
+    images, labels = np.zeros((4, 3, 8, 8), np.uint8), np.arange(4)
+    path = tmp_path / "chw.npz"
+    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    with pytest.raises(InputError, match="4x3x8x8") as caught:
+        load_data(f"npz:{path}")
+    assert "height x width x channels" in caught.value.hint

@@ -109,8 +109,8 @@ def test_override_of_one_stage_table():
         ("data.sorce=1", "data.source"),
         ("model.arhc=1", "model.arch"),
         ('threat={eps = "0.1", nrom = "l2"}', "threat.norm"),
-        ("stage.prune.sparsty=0.5", "stage.1.prune.sparsity"),
-        ("stage.train.epoch=5", "stage.0.train.epochs"),
+        ("stage.prune.sparsty=0.5", "stage.prune.sparsity"),
+        ("stage.train.epoch=5", "stage.train.epochs"),
     ],
 )
 def test_unknown_key_offers_the_nearest(read, setting, nearest):

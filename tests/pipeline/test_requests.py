@@ -98,3 +98,18 @@ def test_normalisation_and_arguments_reach_the_architecture(tmp_path):
     with pytest.raises(SystemExit) as done:
         main(["train", "--data", "digits", "--mean", "a,b", "--std", "1", "-o", str(tmp_path / "n.pt"), "-q"])
     assert done.value.code == 2
+
+
+def test_a_model_of_one_class_is_called_that(bench, trained, tmp_path):
+    from rprune.pipeline.artifact import Artifact
+    from rprune.pipeline.bundle import Source, export
+    from rprune.pipeline.recipe import ExportStage
+
+    state = {name: tensor.clone() for name, tensor in trained.state.items()}
+    last = [name for name in state if name.endswith("bias")][-1]
+    state[last][3] = 1e6
+    report = export(
+        bench, Artifact(trained.metadata, state), ExportStage(suite="fgsm", limit=20), tmp_path, Source("x", {})
+    )
+    assert any("one class for every sample" in line for line in report.warnings)
+    assert "one class for every sample" in (tmp_path / "report.html").read_text()
