@@ -71,16 +71,22 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raises UsageError when ``path`` exists and ``force`` is not set."""
+    """Raises UsageError when ``path`` exists and ``force`` is not set, or is a folder that rprune did not write."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists", "choose another -o, or allow overwriting with --force")
+    check_ours(path)
+
+
+def check_ours(path: Path) -> None:
+    """Raises UsageError when ``path`` is a folder that rprune did not write: it would be deleted later."""
+    if path.is_dir() and not any((path / name).is_file() for name in (KEY_FILE, "stage.json", "report.json")):
+        raise UsageError(f"{path} is a folder that rprune did not write", "choose another -o; nothing was deleted")
 
 
 def remove_result(path: Path) -> None:
     """Delete a folder that rprune wrote; a file is left to be replaced. Raises UsageError for any other folder."""
+    check_ours(path)
     if path.is_dir():
-        if not any((path / name).is_file() for name in (KEY_FILE, "stage.json", "report.json")):
-            raise UsageError(f"{path} is a folder that rprune did not write", "choose another -o; nothing was deleted")
         shutil.rmtree(path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError, UsageError
-from rprune.files import digest_of, partial_folder, remove_result, stored_key, write_json, write_text
+from rprune.files import check_ours, digest_of, partial_folder, remove_result, stored_key, write_json, write_text
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
 from rprune.pipeline.bundle import Source, export
@@ -76,6 +76,8 @@ class Runner:
 
     def run(self, announce: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
         """Run what is not done. Returns the outcome of every stage."""
+        for number, stage in enumerate(self.recipe.stage, 1):
+            check_ours(self._folder(number, stage))
         self._lock()
         outcomes: list[Outcome] = []
         artifact = self.start

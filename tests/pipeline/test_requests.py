@@ -113,3 +113,13 @@ def test_a_model_of_one_class_is_called_that(bench, trained, tmp_path):
     )
     assert any("one class for every sample" in line for line in report.warnings)
     assert "one class for every sample" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_into_a_folder_of_others_stops_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine.py").write_text("x")
+    monkeypatch.setattr("rprune.pipeline.run.run_stage", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(SystemExit) as done:
+        main(["run", "digits", "-o", str(tmp_path), "-q"])
+    assert done.value.code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
