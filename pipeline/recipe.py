@@ -72,7 +72,7 @@ class PruneStage(Trained):
 
     kind: Literal["prune"] = "prune"
     method: Spec = "harp"
-    sparsity: Annotated[float, Field(ge=0, lt=1)]  # share of conv and linear weights removed
+    sparsity: Annotated[float, Field(ge=0, lt=1, description="0.99 removes 99 % of the conv and linear weights")]
     floor: Positive = 1
     objective: Spec | None = None  # None: as the model was trained
     epochs: Annotated[int, Field(ge=0)] | None = None
@@ -180,7 +180,10 @@ def validated(section: type[Any], table: Mapping[str, Any], origin: str) -> Any:
             raise unknown_name(f"key in {origin}", ".".join(place), _siblings(section, place)) from None
         if problem["type"] == "union_tag_invalid":
             raise unknown_name(f"stage in {origin}", str(problem["ctx"]["tag"]), STAGES) from None
-        raise UsageError(f"{origin}: {first_problem(error)}", "correct the value") from None
+        field = next((s.model_fields[str(problem["loc"][-1])] for s in STAGES.values()
+                      if problem["loc"] and str(problem["loc"][-1]) in s.model_fields), None)  # fmt: skip
+        hint = field.description if field is not None and field.description else "correct the value"
+        raise UsageError(f"{origin}: {first_problem(error)}", hint) from None
 
 
 def _siblings(section: type[Any], place: Sequence[str]) -> list[str]:
