@@ -31,6 +31,7 @@ def certify(
     quiet: o.Quiet = False,
 ) -> None:
     """Prove robustness bounds: IBP for all inputs in the ball, randomized smoothing with a stated probability."""
+    from rprune.evaluation.certificates import SmoothedSet
     from rprune.files import refuse_overwrite, write_json
     from rprune.pipeline.recipe import CertifyStage, validated
     from rprune.pipeline.single import Request, certificates_beside, open_model
@@ -57,7 +58,7 @@ def certify(
     if smooth := found.get("smoothing"):
         samples, size = smooth["samples"], len(smooth["samples"])
         for radius in (0.0, smooth["sigma"], 2 * smooth["sigma"]):
-            right = sum(s["prediction"] == s["label"] and s["radius"] >= radius for s in samples)
+            right = SmoothedSet.from_rows(samples).correct_at(radius)
             rows.append(["smoothing", f"l2 {radius:g}", percent(right / size), f"{right}/{size}"])
     print_table(
         f"certified accuracy of the {found['form']} form -> {output}", ["method", "radius", "certified", "count"], rows

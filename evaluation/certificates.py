@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -62,6 +63,16 @@ class SmoothedSet:
 
     labels: list[int]
     verdicts: list[Smoothed]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """JSON-able form; :meth:`from_rows` reads it back."""
+        return [vars(v) | {"label": label} for v, label in zip(self.verdicts, self.labels, strict=True)]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> SmoothedSet:
+        tables = [dict(row) for row in rows]
+        labels = [int(table.pop("label")) for table in tables]
+        return cls(labels, [Smoothed(**table) for table in tables])
 
     def correct_at(self, radius: float) -> int:
         """Samples whose smoothed class is the label with at least this certified l2 radius."""

@@ -13,6 +13,7 @@ import torch
 from rprune.attacks.suites import suite
 from rprune.certification.smoothing import needed_l2
 from rprune.errors import WorkError
+from rprune.evaluation.certificates import SmoothedSet
 from rprune.evaluation.robustness import Robustness
 from rprune.files import file_digest, write_text
 from rprune.pipeline.artifact import save_tensors
@@ -114,11 +115,7 @@ def _basis(role: Role) -> str:
 
 def _smoothing_claim(smoothing: dict[str, Any], bench: Bench, path: Path, role: Role) -> Claim:
     rows, sigma = smoothing["samples"], smoothing["sigma"]
-    n = len(rows)
-
-    def at(radius: float) -> int:
-        return sum(row["prediction"] == row["label"] and row["radius"] >= radius for row in rows)
-
+    n, at = len(rows), SmoothedSet.from_rows(rows).correct_at
     settings = {key: smoothing[key] for key in ("sigma", "n0", "n", "alpha")}
     settings |= {"computed_on": _basis(role), "verify": "recomputes radii from the counts, does not draw again"}
     settings |= {

@@ -193,9 +193,8 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates
             predict, test, len(bench.data.classes), smoothing, seed=bench.seed, limit=stage.smoothing_limit,
             on_progress=progress_of(bench, "smoothing"),
         )  # fmt: skip
-        rows = [vars(v) | {"label": y} for v, y in zip(verdicts.verdicts, verdicts.labels, strict=True)]
         settings = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
-        found["smoothing"] = settings | {"samples": rows}
+        found["smoothing"] = settings | {"samples": verdicts.rows()}
     found["seconds"] = time.monotonic() - started
     return found
 
