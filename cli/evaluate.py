@@ -31,22 +31,13 @@ def evaluate(
     """Clean and robust accuracy of a model file, of its float and its 8-bit form."""
     from rprune.errors import unknown_name
     from rprune.evaluation.statistics import clopper_pearson
-    from rprune.pipeline.single import Request, measure, open_model
+    from rprune.pipeline.single import measure, open_model
 
     if split not in ("test", "validation"):
         raise unknown_name("split", split, ["test", "validation"])
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(
-            data=data,
-            arch=arch,
-            norm=norm,
-            eps=eps,
-            seed=seed,
-            device=device,
-            download=download,
-            mean=o.numbers(mean),
-            std=o.numbers(std),
-            kwargs=o.arguments(arch_arg),
+        request = o.request(
+            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
         )
         bench, artifact = open_model(model, request, reporter)
         found = measure(bench, artifact, split, suite, limit)

@@ -31,23 +31,14 @@ def finetune(
     """Recover accuracy and robustness with the mask held."""
     from rprune.cli.work import work
     from rprune.pipeline.recipe import FinetuneStage, validated
-    from rprune.pipeline.single import Request, open_model
+    from rprune.pipeline.single import open_model
 
     table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
     stage = validated(FinetuneStage, o.with_settings(table, settings), "options")
     output = output or o.default_output(model, "finetuned")
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(
-            data=data,
-            arch=arch,
-            norm=norm,
-            eps=eps,
-            seed=seed,
-            device=device,
-            download=download,
-            mean=o.numbers(mean),
-            std=o.numbers(std),
-            kwargs=o.arguments(arch_arg),
+        request = o.request(
+            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
         )
         bench, source = open_model(model, request, reporter)
         bench.typed |= o.typed(table)

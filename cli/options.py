@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from rprune.pipeline.single import Request
 
 Model = Annotated[
     Path,
@@ -87,6 +90,13 @@ def numbers(text: str | None) -> tuple[float, ...]:
 def arguments(settings: list[str] | None) -> dict[str, Any]:
     """``--arch-arg KEY=VALUE`` as a table."""
     return with_settings({}, settings)
+
+
+def request(mean: str | None, std: str | None, arch_arg: list[str] | None, **said: Any) -> Request:
+    """What the options say about model, data and threat, parsed."""
+    from rprune.pipeline.single import Request
+
+    return Request(mean=numbers(mean), std=numbers(std), kwargs=arguments(arch_arg), **said)
 
 
 def default_output(model: Path, suffix: str) -> Path:

@@ -36,22 +36,13 @@ def train(
     from rprune.cli.work import work
     from rprune.pipeline.bench import architecture
     from rprune.pipeline.recipe import TrainStage, validated
-    from rprune.pipeline.single import Request, open_data
+    from rprune.pipeline.single import open_data
 
     table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
     stage = validated(TrainStage, o.with_settings(table, settings), "options")
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(
-            data=data,
-            arch=arch,
-            norm=norm,
-            eps=eps,
-            seed=seed,
-            device=device,
-            download=download,
-            mean=o.numbers(mean),
-            std=o.numbers(std),
-            kwargs=o.arguments(arch_arg),
+        request = o.request(
+            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
         )
         bench = open_data(request, reporter)
         found = architecture(request.model_section(arch or "cnn-small"), bench.data)

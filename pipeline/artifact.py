@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Artifact:
     masks: dict[str, Tensor] = field(default_factory=dict)
     quantization: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 over names, types, shapes and values of all tensors: the same in every form of the artifact."""
         sha = hashlib.sha256()

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
@@ -23,10 +24,10 @@ from rprune.errors import WorkError
 from rprune.evaluation.robustness import Robustness, robustness
 from rprune.export.onnx import float_model, stamp
 from rprune.export.qdq import qdq_model
-from rprune.export.session import OnnxClassifier, stored_weights, weight_counts
+from rprune.export.session import OnnxClassifier, stored_weights
 from rprune.files import atomic, digest_of, file_digest, write_json, write_text
 from rprune.models.prunable import prunable
-from rprune.pipeline.artifact import Artifact, save_tensors
+from rprune.pipeline.artifact import Artifact, Metadata, save_tensors
 from rprune.pipeline.bench import Bench
 from rprune.pipeline.claims import certified_claims, check_order, empirical_claims, write_evidence
 from rprune.pipeline.environment import environment, source_digest
@@ -67,6 +68,8 @@ CONSTANT = (
 LIMITATIONS = [
     "Empirical robust accuracy is an upper bound: a stronger attack may find more.",
     "Accuracies hold for the named test samples; the intervals cover sampling of those, not a shift of the data.",
+    "Claims on model.int8.onnx hold on x86 CPUs without VNNI only with ONNX Runtime's session option "
+    "session.x64quantprecision=1: their int8 kernels saturate otherwise.",
     "ONNX Runtime's dense kernels do not run faster on unstructured zeros.",
     "This report is self-attested: 'rprune verify' re-checks it.",
 ]
@@ -99,8 +102,8 @@ def export(
     attacks = suite(stage.suite)
     model, twin = networks(artifact)
     fidelity = write_models(artifact, model, twin, bench, out)
-    counts = {name: weight_counts(out / name) for name in ("model.onnx", "model.int8.onnx") if (out / name).exists()}
-    sparsity = _sparsity(artifact, counts, out)
+    stored = {name: stored_weights(out / name) for name in ("model.onnx", "model.int8.onnx") if (out / name).exists()}
+    sparsity = _sparsity(artifact.metadata, list(prunable(model)), stored)
     shipped: dict[Role, tuple[str, list[nn.Module]]] = {"onnx": ("model.onnx", [model])}
     if twin is not None:
         shipped["onnx-int8"] = ("model.int8.onnx", [twin, model])
@@ -116,7 +119,8 @@ def export(
         check_order(bench, certificates, result)
     write_evidence(out, result, certificates)
     seconds = round(time.monotonic() - started, 3)
-    report = _report(bench, artifact, stage, out, source, sparsity, fidelity, claims, result, seconds)
+    parameters = sum(p.numel() for p in model.parameters())
+    report = _report(bench, artifact, parameters, stage, out, source, sparsity, fidelity, claims, result, seconds)
     if source.policy is not None:
         report = report.model_copy(update={"gate": judge(report, source.policy)})
     report = report.sealed()
@@ -197,41 +201,39 @@ def _compare(
     )
 
 
-def _sparsity(
-    artifact: Artifact, counts: Mapping[str, Mapping[str, tuple[tuple[int, ...], int]]], out: Path
-) -> Sparsity:
+def _sparsity(metadata: Metadata, names: Sequence[str], stored: Mapping[str, Mapping[str, NDArray[Any]]]) -> Sparsity:
     """Counted in the files; an error when they do not hold exactly the mask's weights."""
-    names = list(prunable(artifact.model()))
-    for file, table in counts.items():
+    for file, table in stored.items():
         missing = [name for name in names if name not in table]
         if missing:
             raise WorkError(f"{file} has no initializer {missing[0]}", "please report this architecture")
-    measured = "model.int8.onnx" if "model.int8.onnx" in counts else "model.onnx"
+    measured = "model.int8.onnx" if "model.int8.onnx" in stored else "model.onnx"
     layers = []
     for name in names:
-        shape, nonzero = counts[measured][name]
+        weight = stored[measured][name]
+        nonzero = int(np.count_nonzero(weight))
         layers.append(
-            Layer(name=name, shape=list(shape), nonzero=nonzero, sparsity=1 - nonzero / max(1, int(np.prod(shape))))
+            Layer(name=name, shape=list(weight.shape), nonzero=nonzero, sparsity=1 - nonzero / max(1, weight.size))
         )
     kept = sum(entry.nonzero for entry in layers)
     total = sum(int(np.prod(entry.shape)) for entry in layers)
-    budget = artifact.metadata.budget
+    budget = metadata.budget
     if budget is not None and kept != budget:
         raise WorkError(f"{measured} holds {kept} non-zero weights, the budget is {budget}", "please report this")
     same = None
-    if "model.int8.onnx" in counts:
-        floats, integers = stored_weights(out / "model.onnx"), stored_weights(out / "model.int8.onnx")
+    if "model.int8.onnx" in stored:
+        floats, integers = stored["model.onnx"], stored["model.int8.onnx"]
         same = all(np.array_equal(floats[name] == 0, integers[name] == 0) for name in names)
         if not same:
             raise WorkError("the int8 file has other zeros than the float file", "please report this")
     return Sparsity(
-        target=artifact.metadata.sparsity,
+        target=metadata.sparsity,
         budget=budget,
         kept=kept,
         total=total,
         overall=1 - kept / total,
         measured_on="onnx-int8" if measured == "model.int8.onnx" else "onnx",
-        float_nonzero=sum(counts["model.onnx"][name][1] for name in names),
+        float_nonzero=sum(int(np.count_nonzero(stored["model.onnx"][name])) for name in names),
         int8_zeros_equal_float_zeros=same,
         by_layer=layers,
     )
@@ -266,6 +268,7 @@ def _subjects(out: Path) -> list[Subject]:
 def _report(
     bench: Bench,
     artifact: Artifact,
+    parameters: int,
     stage: ExportStage,
     out: Path,
     source: Source,
@@ -277,7 +280,6 @@ def _report(
 ) -> Report:
     metadata, data = artifact.metadata, bench.data
     arch = metadata.arch
-    parameters = sum(p.numel() for p in artifact.model().parameters())
     entry = LineageEntry(
         stage="export",
         config=stage.model_dump(mode="json"),

@@ -182,7 +182,7 @@ class Runner:
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
-                raise InputError(f"{path} is damaged", "delete it, or choose another -o") from None
+                old = None
             if not isinstance(old, dict):
                 raise InputError(f"{path} is damaged", "delete it, or choose another -o")
             if {key: old.get(key) for key in content} == content:
