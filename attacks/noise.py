@@ -7,7 +7,7 @@ sharding or resume.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -30,9 +30,13 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class Stream:
-    """Numbers drawn one after another from a generator on the images' device."""
+    """Numbers drawn one after another from a generator on the images' device; the loop makes one for every epoch.
+
+    ``memory`` holds what an objective carries from batch to batch within the epoch (Free-AT's perturbation).
+    """
 
     generator: torch.Generator
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def uniform(self, like: Tensor, purpose: str) -> Tensor:  # noqa: ARG002  a stream has no keys
         return torch.rand(like.shape, generator=self.generator, device=like.device, dtype=like.dtype).mul_(2).sub_(1)

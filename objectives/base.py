@@ -1,19 +1,23 @@
 """The contract of a training objective: a generator of losses.
 
-The loop does backward and one optimizer step for each yielded loss; most objectives yield once a batch.
+An objective prepares what a step needs, its adversarial points for instance, and yields a function that computes the
+loss at the weights of the moment. The loop calls it, does backward, and steps; where the weights are perturbed on the
+way (AWP, S2AP) it calls it again. Most objectives yield once a batch.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, TypeAlias
 
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 
 from rprune.attacks.base import Attack
-from rprune.attacks.noise import Noise
+from rprune.attacks.noise import Stream
 from rprune.registry import Configured, Registry
 
 
@@ -26,8 +30,21 @@ class Loss:
     parts: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
+Step: TypeAlias = Callable[[], Loss]
+"""The loss of one optimizer step, computed with the weights that the net holds when it is called."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective(Configured, ABC):
-    """Base of all objectives. Derived classes are frozen dataclasses; those that attack hold threat and attack."""
+    """Base of all objectives. Derived classes are frozen dataclasses; those that attack hold threat and attack.
+
+    ``label_smoothing`` (Szegedy et al., CVPR 2016) acts in every cross-entropy against labels.
+    """
+
+    paper: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @abstractmethod
     def __call__(
@@ -36,14 +53,17 @@ class Objective(Configured, ABC):
         x: Float[Tensor, "b c h w"],  # in [0,1]
         y: Int64[Tensor, " b"],
         progress: float,  # of the stage, in [0,1)
-        noise: Noise,
-    ) -> Iterator[Loss]:
-        """Losses for one batch; ``net`` is in train mode."""
+        noise: Stream,
+    ) -> Iterator[Step]:
+        """The steps of one batch; ``net`` is in train mode. ``noise.memory`` keeps tensors until the epoch ends."""
 
     @property
     def attack_used(self) -> Attack | None:
         """The attack of the inner maximisation, which validation uses too; None for objectives without one."""
         return getattr(self, "attack", None)
+
+    def cross_entropy(self, logits: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
+        return nn.functional.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "rprune.objectives", lambda: Objective)

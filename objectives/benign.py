@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from rprune.attacks.noise import Noise
-from rprune.objectives.base import OBJECTIVES, Loss, Objective
+from rprune.attacks.noise import Stream
+from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
 
 
 @OBJECTIVES.register("benign")
@@ -16,6 +17,11 @@ from rprune.objectives.base import OBJECTIVES, Loss, Objective
 class Benign(Objective):
     """Cross-entropy on clean images."""
 
-    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Noise) -> Iterator[Loss]:  # noqa: ARG002
-        logits = net(x)
-        yield Loss(nn.functional.cross_entropy(logits, y), logits)
+    cost: ClassVar[str] = "1 forward, 1 backward"
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
+        def loss() -> Loss:
+            logits = net(x)
+            return Loss(self.cross_entropy(logits, y), logits)
+
+        yield loss

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from rprune.attacks.base import cross_entropy
-from rprune.attacks.noise import Noise
+from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
-from rprune.objectives.base import OBJECTIVES, Loss, Objective
+from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
 from rprune.threat import ThreatModel
 
 
@@ -23,10 +24,17 @@ class PGDAT(Objective):
     the loss in train mode.
     """
 
+    paper: ClassVar[str] = "Madry et al., ICLR 2018"
+    cost: ClassVar[str] = "steps + 1 forwards and backwards"
+
     threat: ThreatModel
     attack: PGD = PGD(steps=10)
 
-    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Noise) -> Iterator[Loss]:  # noqa: ARG002
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
         point = self.attack.training_point(net, x, self.threat, cross_entropy(y), noise)
-        logits = net(point)
-        yield Loss(nn.functional.cross_entropy(logits, y), logits)
+
+        def loss() -> Loss:
+            logits = net(point)
+            return Loss(self.cross_entropy(logits, y), logits)
+
+        yield loss

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from rprune.attacks.base import frozen
-from rprune.attacks.noise import Noise
+from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
-from rprune.objectives.base import OBJECTIVES, Loss, Objective
+from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
 from rprune.threat import ThreatModel
 
 
@@ -32,15 +32,22 @@ class TRADES(Objective):
     change from step to step, so it is computed once; the gradient of the loss flows through p(x) and p(x').
     """
 
+    paper: ClassVar[str] = "Zhang et al., ICML 2019"
+    cost: ClassVar[str] = "steps + 3 forwards, steps + 2 backwards"
+
     threat: ThreatModel
     attack: PGD = PGD(steps=10, start="near")
     beta: Annotated[float, Field(ge=0)] = 6.0
 
-    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Noise) -> Iterator[Loss]:  # noqa: ARG002
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
         with frozen(net), torch.no_grad():
             target = net(x)
         point = self.attack.training_point(net, x, self.threat, lambda logits: kl(target, logits), noise)
-        natural, adversarial = net(x), net(point)
-        ce = nn.functional.cross_entropy(natural, y)
-        divergence = kl(natural, adversarial).mean()
-        yield Loss(ce + self.beta * divergence, natural, {"ce": ce.detach(), "kl": divergence.detach()})
+
+        def loss() -> Loss:
+            natural, adversarial = net(x), net(point)
+            ce = self.cross_entropy(natural, y)
+            divergence = kl(natural, adversarial).mean()
+            return Loss(ce + self.beta * divergence, natural, {"ce": ce.detach(), "kl": divergence.detach()})
+
+        yield loss

@@ -52,9 +52,16 @@ class Trained(Section):
     where the papers' code steps once an epoch (``cosine-by-epoch``)."""
 
     batch_size: Positive = 128
+    optimizer: str = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: str = "cosine"
+    warmup: Annotated[float, Field(ge=0, description="epochs of linear warm-up")] = 0.0
+    clip_norm: Annotated[float, Field(gt=0, description="largest norm of the gradient")] | None = None
+    average: Literal["none", "ema", "swa"] = "none"
+    average_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the ema at every step")] = 0.995
+    awp: Annotated[float, Field(ge=0, description="relative radius of the weight perturbation; 0.005 is usual")] = 0.0
+    awp_from: Annotated[int, Field(ge=0)] = 0
     select: Literal["best", "last"] = "best"
 
 
@@ -73,7 +80,10 @@ class PruneStage(Trained):
     kind: Literal["prune"] = "prune"
     method: Spec = "harp"
     sparsity: Annotated[float, Field(ge=0, lt=1, description="0.99 removes 99 % of the conv and linear weights")]
-    floor: Positive = 1
+    floor: Annotated[float, Field(gt=0, description="weights that a layer keeps at least, or below 1 their share")] = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    data_fraction: Annotated[float, Field(gt=0, le=1, description="share of the training data to prune with")] = 1.0
     objective: Spec | None = None  # None: as the model was trained
     epochs: Annotated[int, Field(ge=0)] | None = None
     lr: Annotated[float, Field(gt=0)] = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from torch import fx, nn
 
 from rprune.attacks.base import Attack
+from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.attacks.suites import suite
 from rprune.certification.smoothing import Smoothing
-from rprune.data.loaders import loader
+from rprune.data.loaders import Batch, Loader, loader
+from rprune.data.splits import hold_out
 from rprune.errors import InputError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import certify_ibp, certify_smoothing
@@ -46,7 +49,7 @@ from rprune.quantization.ptq import Quantization, quantize, simulated
 from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
 from rprune.threat import ThreatModel
-from rprune.training.loop import FitResult, Settings, fit
+from rprune.training.loop import FitResult, Settings, check_optimizer, fit
 from rprune.training.schedules import schedule
 
 
@@ -94,7 +97,8 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
     model = source.model(bench.device)
     method = METHODS.build(stage.method)
-    budget = Budget.of({name: w.numel() for name, w in prunable(model).items()}, stage.sparsity, stage.floor)
+    sizes = {name: w.numel() for name, w in prunable(model).items()}
+    budget = Budget.of(sizes, stage.sparsity, stage.floor, stage.include, stage.exclude)
     alive = sum(int(w.count_nonzero()) for w in prunable(model).values())
     if alive < budget.kept:
         raise InputError(
@@ -102,9 +106,21 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
             "it is pruned already; ask for a higher sparsity, or start from the dense model",
         )
     epochs = method.epochs if stage.epochs is None else stage.epochs
-    steps = -(-len(bench.data.train) // stage.batch_size)
-    pruner = method.bind(model, budget, Context(epochs, steps, bench.seed))
-    found = _fit(bench, "prune", model, pruner, objective, stage, epochs, state_file)
+    train_data = bench.loader("train")
+    if stage.data_fraction < 1:
+        chosen, _ = hold_out(bench.data.train, 1 - stage.data_fraction, ("train", "unused"))
+        train_data = loader(chosen, bench.device)
+    context = Context(
+        epochs=epochs,
+        steps_per_epoch=math.ceil(len(train_data) / stage.batch_size),
+        seed=bench.seed,
+        lr=stage.lr,
+        threat=bench.threat,
+        batches=lambda: train_data.shuffled(stage.batch_size, _generator(bench.seed, "score"), "none"),
+        loss=lambda net, batch: _first_loss(objective, net, batch, bench),
+    )
+    pruner = method.bind(model, budget, context)
+    found = _fit(bench, "prune", model, pruner, objective, stage, epochs, state_file, train_data)
     masks = pruner.finish()
     if count(masks) != budget.kept:
         raise WorkError(f"{stage.method} kept {count(masks)} weights, the budget is {budget.kept}", "report this")
@@ -238,21 +254,15 @@ def _fit(
     stage: Trained,
     epochs: int,
     state_file: Path | None,
+    data: Loader | None = None,
 ) -> FitResult:
-    settings = Settings(
-        epochs=epochs,
-        batch_size=stage.batch_size,
-        lr=stage.lr,  # type: ignore[attr-defined]  # every concrete training stage has one
-        momentum=stage.momentum,
-        weight_decay=stage.weight_decay,
-        schedule=stage.schedule,
-        select=stage.select,
-    )
+    shared = {field: getattr(stage, field) for field in Trained.model_fields}
+    settings = Settings(epochs=epochs, lr=stage.lr, **shared)  # type: ignore[attr-defined]  # every concrete one has it
     found = fit(
         model,
         pruner,
         objective,
-        bench.loader("train"),
+        data or bench.loader("train"),
         settings,
         augment=bench.data.augment,
         validate=lambda net: _scores(bench, net, objective.attack_used),
@@ -262,6 +272,16 @@ def _fit(
     )
     model.eval()
     return found
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive(seed, purpose))
+
+
+def _first_loss(objective: Objective, net: nn.Module, batch: Batch, bench: Bench) -> torch.Tensor:
+    """The objective's first loss at a batch, with noise that depends on the batch alone."""
+    noise = Stream(torch.Generator(batch.x.device).manual_seed(derive(bench.seed, "score", int(batch.ids[0]))))
+    return next(iter(objective(net, batch.x, batch.y, 0.0, noise)))().value
 
 
 def _scores(bench: Bench, net: nn.Module, attack: Attack | None) -> dict[str, float]:
@@ -329,7 +349,7 @@ def _stamped(
 def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None:
     """Raises for a misspelt name, an architecture that cannot be built, a budget that cannot be met; runs nothing."""
     sizes: dict[str, int] = {}
-    if arch is not None:
+    if arch is not None and isinstance(stage, TrainStage | PruneStage):
         with torch.device("meta"):
             sizes = {name: weight.numel() for name, weight in prunable(build(arch)).items()}
     objective: Any = getattr(stage, "objective", None)
@@ -337,11 +357,12 @@ def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None
         _objective(objective, bench)
     if isinstance(stage, Trained):
         schedule(stage.schedule)
+        check_optimizer(stage.optimizer)
     if isinstance(stage, PruneStage):
         allocation = getattr(METHODS.build(stage.method), "allocation", None)
         if isinstance(allocation, str):
             check_allocator(allocation)
-        Budget.of(sizes, stage.sparsity, stage.floor)
+        Budget.of(sizes, stage.sparsity, stage.floor, stage.include, stage.exclude)
     if isinstance(stage, ExportStage):
         suite(stage.suite)
     if arch is not None and (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -36,6 +37,46 @@ def magnitude(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
     return global_top({name: weight.detach().abs() for name, weight in weights.items()}, budget)
 
 
+def igq(weights: Mapping[str, Tensor], budget: Budget) -> Counts:  # noqa: ARG001  sizes are all it needs
+    """Intermediate-sized layers keep nearly equal counts: density 1 / (f n + 1) with one f for all layers.
+
+    From Flying Bird's code (Chen et al., ICLR 2022), where it is the default; never above 1 and smooth in n.
+    """
+    low, high = 0.0, 1.0  # f; the total falls as f grows
+    while sum(_igq_counts(high, budget).values()) > budget.kept:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(_igq_counts(middle, budget).values()) > budget.kept else (low, middle)
+    return apportion(_igq_counts(high, budget), budget)
+
+
+def _igq_counts(f: float, budget: Budget) -> dict[str, float]:
+    return {name: max(n / (f * n + 1), float(budget.least[name])) for name, n in budget.sizes.items()}
+
+
+def uniform_plus(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
+    """First convolution dense, at least a fifth of the last layer, the same share elsewhere (LAMP's code: uniform+).
+
+    Where the budget cannot hold that, the shares of those two layers give way first.
+    """
+    first, last = next(iter(weights)), list(weights)[-1]
+    rest = sum(budget.least[name] for name in weights if name not in (first, last))
+    spare = budget.kept - rest
+    held = {first: budget.sizes[first], last: math.ceil(0.2 * budget.sizes[last])} if len(weights) > 1 else {}
+    scale = min(1.0, spare / max(1, sum(held.values())))
+    even = uniform(weights, budget)
+    held = {name: max(even[name], budget.least[name], math.floor(scale * n)) for name, n in held.items()}
+    if sum(held.values()) > spare:  # the even share of the two is within the budget always
+        return even
+    inner = {name: n for name, n in budget.sizes.items() if name not in held}
+    if not inner:
+        return apportion({name: float(n) for name, n in held.items()}, budget)
+    left = Budget(inner, budget.kept - sum(held.values()), budget.floor, budget.dense & frozenset(inner))
+    counts = held | uniform({name: weights[name] for name in inner}, left)
+    return {name: counts[name] for name in weights}
+
+
 def lamp_scores(weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """w_u^2 over the sum of w_v^2 with |w_v| >= |w_u| in the same layer.
 
@@ -52,9 +93,9 @@ def lamp_scores(weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
 def global_top(scores: Mapping[str, Tensor], budget: Budget) -> Counts:
     """How many of the ``kept`` largest scores lie in each layer, each layer's best ``floor`` taken first."""
     raised = []
-    for score in scores.values():
+    for name, score in scores.items():
         flat = score.detach().double().flatten().clone()
-        flat[flat.topk(min(budget.floor, flat.numel())).indices] = torch.inf
+        flat[flat.topk(budget.least[name]).indices] = torch.inf
         raised.append(flat)
     owner = torch.repeat_interleave(torch.arange(len(raised)), torch.tensor([flat.numel() for flat in raised]))
     order = torch.cat(raised).cpu().sort(descending=True, stable=True).indices[: budget.kept]
@@ -87,6 +128,8 @@ ALLOCATORS: dict[str, Callable[[Mapping[str, Tensor], Budget], Counts]] = {
     "erk": erk,
     "lamp": lamp,
     "magnitude": magnitude,
+    "igq": igq,
+    "uniform+": uniform_plus,
 }
 
 

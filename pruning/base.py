@@ -3,48 +3,79 @@
 A :class:`Method` is what a recipe says: a frozen dataclass of hyper-parameters. :meth:`Method.bind` gives a
 :class:`Pruner`, the running state. The loop drives it like this::
 
+    pruner.attach(optimizer over pruner.parameters())
     for epoch:
         pruner.before_epoch(epoch)
         for batch:
-            loss = objective loss + pruner.penalty();  loss.backward()
-            pruner.before_step();  optimizer.step();  pruner.after_step()
+            loss = objective loss + pruner.penalty();  loss.backward();  pruner.before_step()
+            optimizer.step();  pruner.after_step()
         pruner.after_epoch(epoch)
     masks = pruner.finish()
 
 The model is always a plain nn.Module that holds the weights it runs with. A method that learns something else than the
 weights keeps it outside, pulls the weight gradients to it in ``before_step`` and writes the weights in ``after_step``.
+A tensor whose gradient is None after ``before_step`` is not stepped.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from rprune.data.loaders import Batch
+from rprune.errors import UsageError
 from rprune.models.prunable import prunable
 from rprune.pruning.budget import Budget
 from rprune.pruning.masks import Masks, impose
 from rprune.registry import Configured, Registry
+from rprune.threat import ThreatModel
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know of the stage that runs it."""
+    """What a method may know of the stage that runs it.
+
+    ``batches()`` goes once over the training data, shuffled by ``seed``, without augmentation; ``loss(net, batch)`` is
+    the stage's training objective there. Both serve methods that score before they train (SNIP, MAD).
+    """
 
     epochs: int = 0
     steps_per_epoch: int = 0
     seed: int = 0
+    lr: float = 0.1
+    threat: ThreatModel | None = None
+    batches: Callable[[], Iterator[Batch]] | None = None
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None
+
+    def data(self) -> Iterator[Batch]:
+        """:attr:`batches`, where there are any. Raises UsageError otherwise."""
+        if self.batches is None:
+            raise UsageError("this method scores weights on training data", "bind it with a Context that has batches")
+        return self.batches()
 
 
 class Pruner:
-    """Base: nothing is pruned. Every hook has a default, so that dense training is this class itself."""
+    """Base: nothing is pruned. Every hook has a default, so that dense training is this class itself.
+
+    ``radius``: relative size of the worst-case perturbation that the loop adds to what is learned, from epoch
+    ``radius_from`` on (S2AP); 0 for none.
+    """
+
+    radius: float = 0.0
+    radius_from: int = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer over :meth:`parameters` exists; methods that read or reset momentum keep it."""
+        self.optimizer = optimizer
 
     def parameters(self) -> Iterable[Tensor]:
         """What the optimizer trains."""
@@ -57,10 +88,13 @@ class Pruner:
     def before_epoch(self, epoch: int) -> None: ...
 
     def before_step(self) -> None:
-        """Weight gradients are ready."""
+        """Weight gradients are ready. Called again where the step's gradient is taken again, so it only reads them."""
 
     def after_step(self) -> None:
         """The optimizer has stepped."""
+
+    def refresh(self) -> None:
+        """What is learned was changed from outside: bring the model's weights in line with it."""
 
     def after_epoch(self, epoch: int) -> None: ...
 
@@ -102,6 +136,9 @@ class Fixed(Pruner):
                 weight.grad.masked_fill_(~self._masks[name], 0.0)
 
     def after_step(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
         impose(self._weights, self._masks)
 
     def masks(self) -> Masks:
@@ -142,6 +179,9 @@ class Scored(Pruner, ABC):
         torch.autograd.backward([effective[name] for name in gradients], list(gradients.values()))
 
     def after_step(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
         self.write(self.current_masks())
 
     def finish(self) -> Masks:
@@ -157,10 +197,17 @@ class Scored(Pruner, ABC):
 
 
 class Method(Configured, ABC):
-    """Base of all methods. Derived classes are frozen dataclasses whose docstring is the method card."""
+    """Base of all methods. Derived classes are frozen dataclasses whose docstring is the method card.
+
+    Class variables: ``epochs`` of the pruning step in the paper, 0 for methods that do not train in it; ``paper``, what
+    it ``learns``, ``cost`` and ``structures`` (of which the first is the default) for ``rprune list methods``.
+    """
 
     epochs: ClassVar[int] = 20
-    """Epochs of the pruning step in the paper; 0 for methods that do not train in it."""
+    paper: ClassVar[str] = ""
+    learns: ClassVar[str] = "nothing"
+    cost: ClassVar[str] = ""
+    structures: ClassVar[tuple[str, ...]] = ("weight",)
 
     @abstractmethod
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:

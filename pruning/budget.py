@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import cached_property
 
-from rprune.errors import UsageError
+from rprune.errors import UsageError, unknown_name
 
 
 @dataclass(frozen=True)
 class Budget:
     """Exactly ``kept`` of the conv and linear weights stay, at least ``floor`` of them in every tensor.
 
-    ``sizes`` is tensor name -> number of weights, in the model's order.
+    ``sizes`` is tensor name -> number of weights, in the model's order. Tensors named in ``dense`` keep all their
+    weights and count like any other. A ``floor`` below 1 is a share of the tensor's weights, rounded up.
     """
 
     sizes: Mapping[str, int]
     kept: int
-    floor: int = 1
+    floor: int | float = 1
+    dense: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
-        least = sum(min(self.floor, size) for size in self.sizes.values())
+        least = sum(self.least.values())
         if not least <= self.kept <= self.total:
             raise UsageError(
-                f"a budget of {self.kept} of {self.total} weights leaves a layer empty: "
+                f"a budget of {self.kept} of {self.total} weights leaves a layer empty or below its floor: "
                 f"{len(self.sizes)} layers need at least {least}",
                 f"use a sparsity of at most {1 - least / self.total:.6f}",
             )
@@ -34,23 +38,54 @@ class Budget:
     def total(self) -> int:
         return sum(self.sizes.values())
 
+    @cached_property
+    def least(self) -> dict[str, int]:
+        """The weights that each tensor keeps whatever happens."""
+        floors = {n: self.floor if self.floor >= 1 else math.ceil(self.floor * size) for n, size in self.sizes.items()}
+        return {n: size if n in self.dense else max(1, min(int(floors[n]), size)) for n, size in self.sizes.items()}
+
     @property
     def density(self) -> float:
         """Kept share of all prunable weights (a_t in HARP)."""
         return self.kept / self.total
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int], sparsity: float, floor: int = 1) -> Budget:
+    def of(
+        cls,
+        sizes: Mapping[str, int],
+        sparsity: float,
+        floor: int | float = 1,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> Budget:
         """The largest budget whose sparsity is not below the wanted one, in exact rational arithmetic.
 
-        Raises UsageError unless 0 <= sparsity < 1 and every layer can keep ``floor`` weights.
+        ``include`` and ``exclude`` are globs over tensor names: what is excluded, or not included, stays dense. The
+        sparsity is that of all tensors together all the same.
+
+        Raises UsageError unless 0 <= sparsity < 1 and every layer can keep ``floor`` weights, and for a glob that
+        matches nothing.
         """
         if not 0 <= sparsity < 1:
             raise UsageError(f"sparsity {sparsity} is not in [0, 1)", "0.99 removes 99 % of the weights")
         if not sizes:
             raise UsageError("the model has no conv or linear weight to prune", "check --arch")
         total = sum(sizes.values())
-        return cls(dict(sizes), math.floor((1 - Fraction(str(sparsity))) * total), floor)
+        kept = math.floor((1 - Fraction(str(sparsity))) * total)
+        return cls(dict(sizes), kept, floor, dense_layers(list(sizes), include, exclude))
+
+
+def dense_layers(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
+    """Names that the globs leave dense. A glob may leave out the ``.weight`` that every name ends in."""
+    for glob in [*include, *exclude]:
+        if not any(_matches(name, glob) for name in names):
+            raise unknown_name("layer", glob, names)
+    chosen = [name for name in names if not include or any(_matches(name, glob) for glob in include)]
+    return frozenset(names) - {name for name in chosen if not any(_matches(name, glob) for glob in exclude)}
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
 
 
 def fill(shares: Mapping[str, float], budget: Budget) -> dict[str, float]:
@@ -60,7 +95,7 @@ def fill(shares: Mapping[str, float], budget: Budget) -> dict[str, float]:
     ERK defines them this is ERK's rule "cap a layer at dense and solve again".
     """
     assert set(shares) == set(budget.sizes)
-    bounds = {name: (min(budget.floor, size), size) for name, size in budget.sizes.items()}
+    bounds = {name: (budget.least[name], size) for name, size in budget.sizes.items()}
     shares = {name: max(float(share), 1e-12) for name, share in shares.items()}
 
     def counts(t: float) -> dict[str, float]:
@@ -86,7 +121,7 @@ def apportion(shares: Mapping[str, float], budget: Budget) -> dict[str, int]:
                 missing -= 1
     while missing < 0:
         for name in reversed(order):
-            if missing and counts[name] > min(budget.floor, budget.sizes[name]):
+            if missing and counts[name] > budget.least[name]:
                 counts[name] -= 1
                 missing += 1
     return counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -54,13 +54,15 @@ class HarpPruner(ScorePruner):
         start = [initial_r(a_init[name], budget.density) for name in budget.sizes]
         self.r = torch.tensor(start, dtype=torch.float32, device=device, requires_grad=True)
         self._sizes = torch.tensor(list(budget.sizes.values()), dtype=torch.float32, device=device)
+        self._dense = torch.tensor([name in budget.dense for name in budget.sizes], device=device)
         super().__init__(model, {})
 
     def parameters(self) -> Iterable[Tensor]:
         return [*super().parameters(), self.r]
 
     def rates(self) -> Tensor:
-        return rate(self.r, self.budget.density)
+        rates = rate(self.r, self.budget.density)
+        return torch.where(self._dense, 1.0, rates)
 
     def hardware_loss(self) -> Tensor:
         return hardware_loss(self.rates(), self._sizes, self.budget.density)
@@ -72,7 +74,7 @@ class HarpPruner(ScorePruner):
         # a diverged run has NaN here; the loop reports it once the epoch is over
         shares = rate(self.r.detach().double(), self.budget.density).nan_to_num(0.0).tolist()
         return {
-            name: max(n - int((1 - a) * n), min(self.budget.floor, n))
+            name: max(n - int((1 - a) * n), self.budget.least[name])
             for (name, n), a in zip(self.budget.sizes.items(), shares, strict=True)
         }
 
@@ -132,13 +134,18 @@ class Harp(Method):
     Costs a training step plus one selection a step.
     """
 
+    paper: ClassVar[str] = "Zhao and Wressnegger, ICLR 2023"
+    learns: ClassVar[str] = "scores, rates, batch norm"
+    cost: ClassVar[str] = "a training step + 1 selection"
+
     gamma_step: Annotated[float, Field(gt=0)] | None = None
     initial_density: Annotated[float, Field(gt=0, le=1)] = 0.1
     allocation: str = "uniform"
 
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
         weights = prunable(model)
-        start = Budget(budget.sizes, max(budget.kept, round(self.initial_density * budget.total)), budget.floor)
+        kept = max(budget.kept, round(self.initial_density * budget.total))
+        start = Budget(budget.sizes, kept, budget.floor, budget.dense)
         counts = allocate(self.allocation, weights, start)
         a_init = {name: counts[name] / size for name, size in budget.sizes.items()}
         return HarpPruner(model, budget, a_init, self.gamma_step or scaled_gamma_step(context))

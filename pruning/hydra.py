@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -77,6 +77,10 @@ class Hydra(Method):
     affine parameters train. Paper: SGD lr 0.1, 20 epochs, the same kept share in each layer. ``allocation``: erk and
     lamp are the non-uniform variants that HARP compares with. Costs a training step plus one selection a step.
     """
+
+    paper: ClassVar[str] = "Sehwag et al., NeurIPS 2020"
+    learns: ClassVar[str] = "scores, batch norm"
+    cost: ClassVar[str] = "a training step + 1 selection"
 
     allocation: str = "uniform"
 

@@ -24,6 +24,9 @@ class LWM(Method):
     """
 
     epochs: ClassVar[int] = 0
+    paper: ClassVar[str] = "Han et al., NeurIPS 2015"
+    cost: ClassVar[str] = "1 selection"
+
     allocation: str = "uniform"
 
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:  # noqa: ARG002

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,40 @@ from torch import Tensor, nn
 from rprune.attacks.noise import Stream
 from rprune.data.loaders import Loader
 from rprune.data.splits import Augment
-from rprune.errors import WorkError
-from rprune.objectives.base import Objective
+from rprune.errors import WorkError, unknown_name
+from rprune.objectives.base import Loss, Objective, Step
 from rprune.pruning.base import Pruner
 from rprune.seeds import derive
-from rprune.training.schedules import schedule
+from rprune.training.averaging import Average, Kind, perturbed
+from rprune.training.schedules import schedule, warmed_up
 from rprune.training.state import load_state, save_state
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a stage trains. ``select``: "best" keeps the epoch of the highest validation score, "last" the last one."""
+    """How a stage trains.
+
+    ``select``: "best" keeps the epoch of the highest validation score, "last" the last one. ``warmup``: epochs of
+    linear warm-up. ``clip_norm``: gradients of all that is trained are scaled to at most this norm. ``average``: what
+    is validated and selected is an average (:class:`Average`). ``awp``: relative radius of the adversarial weight
+    perturbation from epoch ``awp_from`` on; 0 for none.
+    """
 
     epochs: int
     batch_size: int = 128
     lr: float = 0.1
+    optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "cosine"
+    warmup: float = 0.0
+    clip_norm: float | None = None
+    average: Kind = "none"
+    average_decay: float = 0.995
+    awp: float = 0.0
+    awp_from: int = 0
     select: str = "best"
 
 
@@ -81,11 +97,13 @@ def fit(
     trained = list(pruner.parameters())
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.SGD(
-        trained, settings.lr, settings.momentum, weight_decay=settings.weight_decay, fused=_fusable(trained)
-    )
-    factor = schedule(settings.schedule)
-    run = _Run(model, pruner, optimizer, state_file)
+    optimizer = make_optimizer(settings, trained)
+    pruner.attach(optimizer)
+    factor = warmed_up(schedule(settings.schedule), settings.warmup)
+    average = None
+    if settings.average != "none":
+        average = Average(settings.average, settings.average_decay, pruner, trained)
+    run = _Run(model, pruner, optimizer, average, state_file)
     steps = math.ceil(len(data) / settings.batch_size)
     device = next(model.parameters()).device
 
@@ -101,32 +119,79 @@ def fit(
                 done = step / steps
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * factor(epoch, done, settings.epochs)
-                for loss in objective(model, batch.x, batch.y, (epoch + done) / settings.epochs, noise):
-                    model.zero_grad(set_to_none=True)
-                    optimizer.zero_grad(set_to_none=True)
-                    penalty = pruner.penalty()
-                    total = loss.value if penalty is None else loss.value + penalty
-                    total.backward()  # type: ignore[no-untyped-call]
-                    pruner.before_step()
+                progress = (epoch + done) / settings.epochs
+                for compute in objective(model, batch.x, batch.y, progress, noise):
+                    total, loss = _gradients(model, pruner, optimizer, compute)
+                    radius = max(
+                        settings.awp if epoch >= settings.awp_from else 0.0,
+                        pruner.radius if epoch >= pruner.radius_from else 0.0,
+                    )
+                    if radius:
+                        with perturbed(pruner, trained, radius):
+                            _gradients(model, pruner, optimizer, compute)
+                    if settings.clip_norm is not None:
+                        nn.utils.clip_grad_norm_(trained, settings.clip_norm)
                     optimizer.step()
                     pruner.after_step()
-                    meter.add(total.detach(), loss.logits.detach(), batch.y, loss.parts)
+                    if average is not None:
+                        average.update(progress)
+                    meter.add(total, loss.logits.detach(), loss.parts, batch.y)
             pruner.after_epoch(epoch)
             values = meter.values() | pruner.log()
             if not math.isfinite(values["loss"]):
                 raise WorkError(f"the loss is {values['loss']} in epoch {epoch + 1}", "lower the learning rate (lr)")
-            if validate is not None:
-                values |= validate(model)
-            run.finish_epoch(EpochLog(epoch + 1, settings.epochs, values), settings.select)
+            with nullcontext() if average is None else average.applied():
+                if validate is not None:
+                    values |= validate(model)
+                run.select(EpochLog(epoch + 1, settings.epochs, values), settings.select)
+            run.save()
             on_epoch(run.history[-1])
     return run.restore_selected()
+
+
+def make_optimizer(settings: Settings, trained: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The optimizer by name over all tensors in one group. Raises UsageError for an unknown name."""
+    check_optimizer(settings.optimizer)
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(trained, settings.lr, settings.momentum, weight_decay=decay, fused=fused)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(trained, settings.lr, weight_decay=decay, fused=fused)
+
+
+def check_optimizer(name: str) -> None:
+    """Raises UsageError for an unknown name."""
+    if name not in OPTIMIZERS:
+        raise unknown_name("optimizer", name, OPTIMIZERS)
+
+
+def _gradients(
+    model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, compute: Step
+) -> tuple[Tensor, Loss]:
+    """Fresh gradients of everything that is trained; the whole loss, and the objective's."""
+    model.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
+    loss = compute()
+    penalty = pruner.penalty()
+    total = loss.value if penalty is None else loss.value + penalty
+    total.backward()  # type: ignore[no-untyped-call]
+    pruner.before_step()
+    return total.detach(), loss
 
 
 class _Run:
     """History and best state of a stage, and their way to disk and back."""
 
-    def __init__(self, model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, file: Path | None) -> None:
-        self.model, self.pruner, self.optimizer, self.file = model, pruner, optimizer, file
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: Pruner,
+        optimizer: torch.optim.Optimizer,
+        average: Average | None,
+        file: Path | None,
+    ) -> None:
+        self.model, self.pruner, self.optimizer, self.average, self.file = model, pruner, optimizer, average, file
         self.history: list[EpochLog] = []
         self.best: dict[str, Any] | None = None
         self.start = 0
@@ -134,19 +199,30 @@ class _Run:
             state = load_state(file)
             self._load(state["now"])
             optimizer.load_state_dict(state["optimizer"])
+            if average is not None:
+                average.load_state_dict(state["average"])
             self.best = state["best"]
             self.history = [EpochLog(**entry) for entry in state["history"]]
             self.start = len(self.history)
 
-    def finish_epoch(self, log: EpochLog, select: str) -> None:
+    def select(self, log: EpochLog, select: str) -> None:
+        """Note the epoch, and the model as it is when it is the best so far."""
         self.history.append(log)
         score = log.values.get("score", 0.0)
         if self.pruner.within_budget() and (select == "last" or self.best is None or score >= self.best["score"]):
             self.best = copy.deepcopy(self._now()) | {"score": score, "epoch": log.epoch}
+
+    def save(self) -> None:
+        """Write down what is needed to go on."""
         if self.file is not None:
-            history = [vars(entry) for entry in self.history]
-            optimizer = self.optimizer.state_dict()
-            save_state(self.file, {"now": self._now(), "best": self.best, "optimizer": optimizer, "history": history})
+            state = {
+                "now": self._now(),
+                "best": self.best,
+                "optimizer": self.optimizer.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "history": [vars(entry) for entry in self.history],
+            }
+            save_state(self.file, state)
 
     def restore_selected(self) -> FitResult:
         if self.best is None:
@@ -169,7 +245,7 @@ class _Meter:
         self.sums: dict[str, Tensor] = {}
         self.zero = torch.zeros((), device=device)
 
-    def add(self, loss: Tensor, logits: Tensor, y: Tensor, parts: dict[str, Tensor]) -> None:
+    def add(self, loss: Tensor, logits: Tensor, parts: dict[str, Tensor], y: Tensor) -> None:
         count = len(y)
         correct = (logits.argmax(1) == y).sum()
         for name, value in {"loss": loss * count, "train_accuracy": correct, "n": self.zero + count}.items():
@@ -189,7 +265,3 @@ def _private_rng(device: torch.device) -> Iterator[None]:
     """Dropout draws from the global generator; the caller's state is put back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-def _fusable(parameters: Iterable[Tensor]) -> bool:
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

@@ -43,8 +43,9 @@ def stream(seed=0):
 def losses(objective, net, x, y, seed=0):
     """All losses of a batch, each after its backward."""
     found = []
-    for loss in objective(net, x, y, 0.25, stream(seed)):
+    for compute in objective(net, x, y, 0.25, stream(seed)):
         net.zero_grad()
+        loss = compute()
         loss.value.backward()
         found.append(loss)
     assert found, "the objective yields nothing"
@@ -212,17 +213,20 @@ def test_trades_gradient_by_finite_differences(tiny):
     assert float(gradients["fc.bias"][1]) == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
-class FixedNoise:
+class FixedNoise(Stream):
+    """A stream that shows what it has drawn."""
+
     def __init__(self, seed=0):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.drawn = None
+        super().__init__(torch.Generator().manual_seed(seed))
+        object.__setattr__(self, "drawn", None)
 
     def normal(self, like, _):
-        self.drawn = torch.randn(like.shape, generator=self.generator, dtype=like.dtype)
+        object.__setattr__(self, "drawn", torch.randn(like.shape, generator=self.generator, dtype=like.dtype))
         return self.drawn
 
     def uniform(self, like, _):
-        self.drawn = torch.rand(like.shape, generator=self.generator, dtype=like.dtype) * 2 - 1
+        drawn = torch.rand(like.shape, generator=self.generator, dtype=like.dtype) * 2 - 1
+        object.__setattr__(self, "drawn", drawn)
         return self.drawn
 
 
@@ -230,7 +234,7 @@ def test_attack_of_trades_is_the_oracles(tiny, oracle):
     net, (x, y) = plain(tiny), tiny.batch(dtype=torch.float64)
     noise, points = FixedNoise(), []
     handle = net.register_forward_pre_hook(lambda module, given: points.append(given[0].detach().clone()))
-    list(TRADES(threat=LINF)(net, x, y, 0.0, noise))
+    [step() for step in TRADES(threat=LINF)(net, x, y, 0.0, noise)]
     handle.remove()
     start = (x + 0.001 * noise.drawn).clamp(0, 1)
     expected = oracle.trades_attack(net, x, LINF.eps, LINF.eps / 4, 10, start)
@@ -241,7 +245,7 @@ def test_attack_of_pgd_at_is_the_oracles(tiny, oracle):
     net, (x, y) = plain(tiny), tiny.batch(dtype=torch.float64)
     noise, points = FixedNoise(), []
     handle = net.register_forward_pre_hook(lambda module, given: points.append(given[0].detach().clone()))
-    list(PGDAT(threat=LINF)(net, x, y, 0.0, noise))
+    [step() for step in PGDAT(threat=LINF)(net, x, y, 0.0, noise)]
     handle.remove()
     start = (x + LINF.eps * noise.drawn).clamp(0, 1)
     expected = oracle.pgd_linf(net, x, y, LINF.eps, LINF.eps / 4, 10, start)

@@ -198,4 +198,4 @@ def test_an_objective_of_the_user_travels_by_the_name_it_was_given(tmp_path):
         with pytest.raises(SystemExit) as done:
             main([*command, "-o", str(output), "-q"])
         assert done.value.code == 0
-        assert load_artifact(output).metadata.objective == {"name": name}
+        assert load_artifact(output).metadata.objective == {"name": name, "label_smoothing": 0.0}

@@ -21,7 +21,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 @st.composite
 def budgets(draw):
     sizes = {f"l{i}": n for i, n in enumerate(draw(st.lists(st.integers(1, 3000), min_size=1, max_size=8)))}
-    floor = draw(st.integers(0, 4))
+    floor = draw(st.integers(1, 4))
     least = sum(min(floor, n) for n in sizes.values())
     return Budget(sizes, draw(st.integers(least, sum(sizes.values()))), floor)
 

@@ -249,8 +249,9 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, tmp_path, name, stop_aft
 def test_diverged_training_is_a_work_error(tiny, name):
     class Broken(Benign):
         def __call__(self, net, x, y, progress, noise):
-            for loss in super().__call__(net, x, y, progress, noise):
-                yield type(loss)(loss.value * float("nan"), loss.logits)
+            for compute in super().__call__(net, x, y, progress, noise):
+                loss = compute()
+                yield lambda loss=loss: type(loss)(loss.value * float("nan"), loss.logits)
 
     model = tiny.net()
     pruner = bound(method_named(name), model, 0.9)
