@@ -95,6 +95,11 @@ class Registry(Generic[T]):
         for key in table:
             if key not in wanted:
                 raise unknown_name(f"option of {self.kind} {name}", key, wanted)
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            # a table inside changes its default: TRADES with attack = { steps = 20 } keeps TRADES's own start
+            value = table.get(field.name)
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(field.default):
+                table[field.name] = dataclasses.asdict(field.default) | dict(value)  # type: ignore[arg-type]
         values = table | {key: value for key, value in given.items() if key in fields}
         try:
             return pydantic.TypeAdapter(cls).validate_python(values)

@@ -27,14 +27,16 @@ def steepest(gradient: Float[Tensor, "b ..."], norm: Norm) -> Float[Tensor, "b .
     return gradient / per_sample(size(gradient, norm).clamp_min(1e-12), gradient)
 
 
+def into_ball(delta: Float[Tensor, "b ..."], threat: ThreatModel) -> Float[Tensor, "b ..."]:
+    """The perturbation moved into the ball around 0: clipped for linf, scaled down for l2."""
+    if threat.norm == "linf":
+        return delta.clamp(-threat.eps, threat.eps)
+    return delta * per_sample((threat.eps / size(delta, "l2").clamp_min(1e-12)).clamp_max(1.0), delta)
+
+
 def project(point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."], threat: ThreatModel) -> Float[Tensor, "b ..."]:
     """The point moved into the ball around x and into [0,1]. Clamping to the box never leaves the ball: x is in it."""
-    if threat.norm == "linf":
-        delta = (point - x).clamp(-threat.eps, threat.eps)
-    else:
-        delta = point - x
-        delta = delta * per_sample((threat.eps / size(delta, "l2").clamp_min(1e-12)).clamp_max(1.0), delta)
-    return (x + delta).clamp(0.0, 1.0)
+    return (x + into_ball(point - x, threat)).clamp(0.0, 1.0)
 
 
 def random_in_ball(unit: Float[Tensor, "b ..."], normal: Float[Tensor, "b ..."], norm: Norm) -> Float[Tensor, "b ..."]:

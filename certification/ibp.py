@@ -70,6 +70,33 @@ def certified(
     return ((lower > 0) & (torch.isfinite(lower) | ~other)).all(1)
 
 
+def through(module: nn.Module, *inputs: Interval) -> Interval:
+    """Bounds of a layer's value from those of its inputs, in their precision; differentiable for real layers."""
+    lo, hi = inputs[0]
+    own: Any = getattr(module, "interval", None)
+    if own is not None:
+        low, high = own(*(end for pair in inputs for end in pair))
+        return low, high
+    if isinstance(module, MONOTONE):
+        return module(lo), module(hi)
+    if isinstance(module, Add):
+        return lo + inputs[1][0], hi + inputs[1][1]
+    centre, radius = (lo + hi) / 2, (hi - lo) / 2
+    if isinstance(module, Affine):
+        scale = module.scale.to(lo.dtype)
+        centre, radius = centre * scale + module.shift.to(lo.dtype), radius * scale.abs()
+    else:
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        weight = module.weight.to(lo.dtype)
+        bias = None if module.bias is None else module.bias.to(lo.dtype)
+        if isinstance(module, nn.Linear):
+            centre, radius = F.linear(centre, weight, bias), F.linear(radius, weight.abs())
+        else:
+            geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
+            centre, radius = F.conv2d(centre, weight, bias, *geometry), F.conv2d(radius, weight.abs(), None, *geometry)
+    return centre - radius, centre + radius
+
+
 class _Interpreter(fx.Interpreter):
     """Runs a network on (lo, hi) pairs in float64."""
 
@@ -91,32 +118,8 @@ class _Interpreter(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Interval:  # noqa: ARG002
-        module = self.fetch_attr(target)
-        lo, hi = args[0]
-        if hasattr(module, "interval"):
-            low, high = module.interval(lo, hi, *args[1]) if len(args) == 2 else module.interval(lo, hi)
-            return low, high
-        if isinstance(module, MONOTONE):
-            return module(lo), module(hi)
-        if isinstance(module, Add):
-            return lo + args[1][0], hi + args[1][1]
-        centre, radius = (lo + hi) / 2, (hi - lo) / 2
-        if isinstance(module, Affine):
-            centre = centre * module.scale.double() + module.shift.double()
-            radius = radius * module.scale.double().abs()
-        elif isinstance(module, nn.Linear):
-            centre = F.linear(centre, module.weight.double(), _double(module.bias))
-            radius = F.linear(radius, module.weight.double().abs())
-        else:
-            assert isinstance(module, nn.Conv2d)
-            geometry: Any = (module.stride, module.padding, module.dilation, module.groups)
-            centre = F.conv2d(centre, module.weight.double(), _double(module.bias), *geometry)
-            radius = F.conv2d(radius, module.weight.double().abs(), None, *geometry)
-        return centre - radius, centre + radius
-
-
-def _double(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.double()
+        low, high = through(self.fetch_attr(target), *args)
+        return low, high
 
 
 class _Stopped(Exception):

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rprune.errors import RpruneError
 
 if TYPE_CHECKING:
     from rprune.pipeline.artifact import Artifact
+    from rprune.reports.events import Live
     from rprune.reports.schema import Gate, Report
     from rprune.training.loop import EpochLog
 
@@ -45,29 +47,40 @@ def print_error(error: RpruneError) -> None:
         stderr.print(Text.assemble(("hint: ", "cyan"), error.hint))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
+    """A table; columns of numbers stand to the right, unless all are ``words``."""
     table = Table(
         title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", show_header=any(columns)
     )
     for index, column in enumerate(columns):
-        words = all(not row[index][:1] or row[index][:1].isalpha() or "/" in row[index][1:2] for row in rows)
-        table.add_column(column, justify="left" if index == 0 or words else "right")
+        text = all(not row[index][:1] or row[index][:1].isalpha() or "/" in row[index][1:2] for row in rows)
+        table.add_column(column, justify="left" if index == 0 or words or text else "right")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     stdout.print(table)
 
 
 class ProgressLines:
-    """Progress of stages: a bar on a terminal, plain lines elsewhere (each end, and one every 30 seconds)."""
+    """Progress of stages: a bar on a terminal, plain lines elsewhere (each end, and one every 30 seconds).
 
-    def __init__(self, quiet: bool = False) -> None:
+    ``tensorboard``: a folder for the figures of every epoch as well.
+    """
+
+    def __init__(self, quiet: bool = False, tensorboard: Path | None = None) -> None:
         self.quiet = quiet
+        self._events: Live | None = None
+        if tensorboard is not None:
+            from rprune.reports.events import Live
+
+            self._events = Live(tensorboard)
         self._live = stderr.is_terminal and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
         self._started: dict[str, float] = {}
         self._last = 0.0
         self._bar: Progress | None = None
 
     def epoch(self, stage: str, log: EpochLog) -> None:
+        if self._events is not None:
+            self._events.write(stage, log.epoch, log.values)
         values = "  ".join(f"{short} {log.values[name]:.3g}" for name, short in SHOWN.items() if name in log.values)
         self._show(stage, log.epoch, log.epochs, values)
 
@@ -79,6 +92,8 @@ class ProgressLines:
 
     def __exit__(self, *reason: object) -> None:
         self.close()
+        if self._events is not None:
+            self._events.close()
 
     def close(self) -> None:
         """Leave the terminal as it was, whatever happened."""

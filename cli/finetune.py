@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines
 
@@ -13,6 +17,10 @@ def finetune(
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Model file to learn from, usually the dense one.")
+    ] = None,
+    preset: o.Preset = None,
     eps: o.Eps = None,
     norm: o.Norm = None,
     mean: o.Mean = None,
@@ -24,23 +32,26 @@ def finetune(
     download: o.Download = False,
     force: o.Force = False,
     resume: o.Resume = True,
+    tensorboard: o.TensorBoard = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Recover accuracy and robustness with the mask held."""
     from rprune.cli.work import work
+    from rprune.pipeline.presets import pruned_by
     from rprune.pipeline.recipe import FinetuneStage, validated
     from rprune.pipeline.single import open_model
 
-    table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
-    stage = validated(FinetuneStage, o.with_settings(table, settings), "options")
+    table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size, teacher=teacher)
     output = output or o.default_output(model, "finetuned")
-    with ProgressLines(quiet or as_json) as reporter:
+    with ProgressLines(quiet or as_json, tensorboard) as reporter:
         request = o.request(
             mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
         )
         bench, source = open_model(model, request, reporter)
+        table, _ = o.with_preset(table, "finetune", preset, pruned_by(source.metadata))
+        stage = validated(FinetuneStage, o.with_settings(table, settings), "options")
         bench.typed |= o.typed(table)
         work(
             bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +11,14 @@ from rprune.cli.console import print_json, print_table
 from rprune.errors import unknown_name
 
 KINDS = ("methods", "objectives", "attacks", "suites", "allocators", "architectures", "data", "schedules", "recipes")
+
+FACTS = ("paper", "structures", "learns", "cost", "epochs", "lr", "paper_settings")
+"""Class variables of methods and objectives that are listed too, where there are any."""
+COLUMNS = {
+    "methods": ("name", "what", "paper", "structures", "learns", "cost"),
+    "objectives": ("name", "what", "paper", "cost"),
+    "allocators": ("name", "what", "paper"),
+}
 
 
 def list_(
@@ -21,7 +31,8 @@ def list_(
     if as_json:
         print_json(rows)
     else:
-        print_table(kind, ["name", "what"], [[row["name"], row["what"]] for row in rows])
+        columns = COLUMNS.get(kind, ("name", "what"))
+        print_table(kind, columns, [[_cell(row[column]) for column in columns] for row in rows], words=True)
 
 
 def known(kind: str) -> list[dict[str, Any]]:
@@ -57,6 +68,10 @@ def known(kind: str) -> list[dict[str, Any]]:
             name: ", ".join(map(repr, v)) if isinstance(v, tuple) else _first_line(v)
             for name, v in tables[kind].items()
         }
+        if kind == "allocators":
+            return [
+                {"name": name} | dict(zip(("what", "paper"), _source(text), strict=True)) for name, text in what.items()
+            ]
         return [{"name": name, "what": text} for name, text in what.items()]
     from rprune.attacks.base import ATTACKS
     from rprune.objectives.base import OBJECTIVES
@@ -67,14 +82,39 @@ def known(kind: str) -> list[dict[str, Any]]:
     for name, cls in registry.all().items():
         fields = [f for f in dataclasses.fields(cls) if f.name != "threat"]
         options = {f.name: None if f.default is dataclasses.MISSING else _plain(f.default) for f in fields}
-        rows.append(
-            {"name": name, "what": _first_line(cls), "options": options, "class": f"{cls.__module__}.{cls.__name__}"}
-        )
+        row = {"name": name, "what": _source(_first_line(cls))[0], "options": options}
+        row["class"] = f"{cls.__module__}.{cls.__name__}"
+        rows.append(row | {key: _plain(getattr(cls, key)) for key in FACTS if hasattr(cls, key)})
     return rows
 
 
+def card(kind: str, name: str) -> str:
+    """The whole docstring of a method or an objective."""
+    import inspect
+
+    from rprune.objectives.base import OBJECTIVES
+    from rprune.pruning.base import METHODS
+
+    registry: Any = {"methods": METHODS, "objectives": OBJECTIVES}[kind]
+    return inspect.getdoc(registry.get(name)) or ""
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _source(line: str) -> tuple[str, str]:
+    """A line without the source in its last parentheses, and that source."""
+    found = re.fullmatch(r"(.*) \(([^()]*)\)(.*)", line)
+    return (found[1] + found[3], found[2]) if found else (line, "")
 
 
 def _first_line(thing: Any) -> str:

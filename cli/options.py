@@ -33,7 +33,18 @@ Arch = Annotated[
 ]
 Eps = Annotated[str | None, typer.Option("--eps", help="Radius of the threat in [0,1] pixel units, e.g. 8/255.")]
 Norm = Annotated[str | None, typer.Option("--norm", help="linf or l2.")]
-Objective = Annotated[str | None, typer.Option("--objective", help="benign, pgd-at, trades, or file.py:Class.")]
+Objective = Annotated[
+    str | None, typer.Option("--objective", help="A name of 'rprune list objectives', or file.py:Class.")
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="paper or rprune: settings that the options do not say; METHOD:paper.")
+]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", help="Prune only layers whose name fits this glob; repeatable.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="Keep layers dense whose name fits this glob; repeatable.")
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step.")]
@@ -48,6 +59,9 @@ ArchArg = Annotated[
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any other option of the stage, as KEY=VALUE; repeatable.")
+]
+TensorBoard = Annotated[
+    Path | None, typer.Option("--tensorboard", help="Write the figures of every epoch into this folder too.")
 ]
 Limit = Annotated[int | None, typer.Option("-n", "--limit", help="Only the first N test samples.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
@@ -70,6 +84,14 @@ def with_settings(table: dict[str, Any], settings: list[str] | None) -> dict[str
     for setting in settings or []:
         override(table, setting)
     return table
+
+
+def with_preset(table: dict[str, Any], kind: str, name: str | None, method: str | None) -> tuple[dict[str, Any], Any]:
+    """A stage table over a preset's, and the eps and norm of that preset's threat."""
+    from rprune.pipeline.presets import preset, stage_table
+
+    found = {} if name is None else preset(name, method)
+    return stage_table(table, found.get(kind, {})), found.get("threat", {})
 
 
 def typed(table: dict[str, Any]) -> frozenset[str]:

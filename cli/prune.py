@@ -13,14 +13,19 @@ def prune(
     sparsity: Annotated[
         float, typer.Option("-s", "--sparsity", help="Share of conv and linear weights to remove, 0 to 1.")
     ],
-    method: Annotated[str, typer.Option("-m", "--method", help="lwm, hydra, harp, or file.py:Class.")] = "harp",
+    method: Annotated[
+        str, typer.Option("-m", "--method", help="A name of 'rprune list methods', or file.py:Class.")
+    ] = "harp",
     output: o.Output = None,
     data: o.Data = None,
     arch: o.Arch = None,
     objective: o.Objective = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,
+    preset: o.Preset = None,
     eps: o.Eps = None,
     norm: o.Norm = None,
     mean: o.Mean = None,
@@ -32,21 +37,35 @@ def prune(
     download: o.Download = False,
     force: o.Force = False,
     resume: o.Resume = True,
+    tensorboard: o.TensorBoard = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Remove weights, to exactly the budget (lwm, hydra, harp, plug-ins)."""
+    """Remove weights, to exactly the budget, by any method of 'rprune list methods'."""
     from rprune.cli.work import work
     from rprune.pipeline.recipe import PruneStage, validated
     from rprune.pipeline.single import open_model
 
-    table = o.given(method=method, sparsity=sparsity, objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
+    table = o.given(
+        method=method, sparsity=sparsity, objective=objective, epochs=epochs, lr=lr, batch_size=batch_size,
+        include=include, exclude=exclude,
+    )  # fmt: skip
+    table, threat = o.with_preset(table, "prune", preset, method)
     stage = validated(PruneStage, o.with_settings(table, settings), "options")
     output = output or o.default_output(model, f"{method.rpartition(':')[2]}-{sparsity:g}")
-    with ProgressLines(quiet or as_json) as reporter:
+    with ProgressLines(quiet or as_json, tensorboard) as reporter:
         request = o.request(
-            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
+            mean,
+            std,
+            arch_arg,
+            data=data,
+            arch=arch,
+            norm=norm or threat.get("norm"),
+            eps=eps or threat.get("eps"),
+            seed=seed,
+            device=device,
+            download=download,
         )
         bench, source = open_model(model, request, reporter)
         bench.typed |= o.typed(table)

@@ -16,6 +16,7 @@ def run(
     device: o.Device = "auto",
     dry_run: o.DryRun = False,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
+    tensorboard: o.TensorBoard = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -27,16 +28,15 @@ def run(
         recipe = shipped_recipes().get(str(recipe), recipe)
     content = read_recipe(recipe, settings or [])
     out = output or Path("runs") / content.name
-    with ProgressLines(quiet or as_json) as reporter:
+    with ProgressLines(quiet or as_json, tensorboard) as reporter:
         runner = Runner(content, recipe.parent, out, reporter, device)
         plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
         if dry_run:
+            title = f"{content.name}: {runner.bench.threat}, {runner.bench.device}"
             if as_json:
                 print_json({"recipe": content.model_dump(mode="json"), "plan": plan})
             else:
-                print_table(
-                    f"{content.name}: {runner.bench.threat}, {runner.bench.device}", ["stage", "folder", ""], plan
-                )
+                print_table(title, ["stage", "folder", ""], plan)
             return
 
         def announce(outcome: Outcome) -> None:

@@ -17,6 +17,7 @@ def train(
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,
+    preset: o.Preset = None,
     eps: o.Eps = None,
     norm: o.Norm = None,
     mean: o.Mean = None,
@@ -28,21 +29,32 @@ def train(
     download: o.Download = False,
     force: o.Force = False,
     resume: o.Resume = True,
+    tensorboard: o.TensorBoard = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Train a robust model (benign, PGD-AT, TRADES)."""
+    """Train a robust model, by any objective of 'rprune list objectives'."""
     from rprune.cli.work import work
     from rprune.pipeline.bench import architecture
     from rprune.pipeline.recipe import TrainStage, validated
     from rprune.pipeline.single import open_data
 
     table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
+    table, threat = o.with_preset(table, "train", preset, None)
     stage = validated(TrainStage, o.with_settings(table, settings), "options")
-    with ProgressLines(quiet or as_json) as reporter:
+    with ProgressLines(quiet or as_json, tensorboard) as reporter:
         request = o.request(
-            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
+            mean,
+            std,
+            arch_arg,
+            data=data,
+            arch=arch,
+            norm=norm or threat.get("norm"),
+            eps=eps or threat.get("eps"),
+            seed=seed,
+            device=device,
+            download=download,
         )
         bench = open_data(request, reporter)
         found = architecture(request.model_section(arch or "cnn-small"), bench.data)

@@ -69,6 +69,39 @@ class Resident:
 
 
 @dataclass(frozen=True, eq=False)
+class Mixed:
+    """Every batch of ``labelled`` with as many samples of ``extra`` behind it, which starts over when it ends.
+
+    Robust self-training (Carmon et al., NeurIPS 2019): ``extra`` holds pseudo-labels. Its ids count on after the
+    labelled ones. An epoch is one pass over ``labelled``, as in HYDRA's code.
+    """
+
+    labelled: Loader
+    extra: Loader
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
+        order = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        more = self._endless(batch_size, order, augment)
+        held = next(more)
+        for batch in self.labelled.shuffled(batch_size, generator, augment):
+            count = len(batch.y)
+            while len(held.y) < count:
+                held = _joined(held, next(more))
+            other, held = (Batch(*(part[rows] for part in held)) for rows in (slice(count), slice(count, None)))
+            yield _joined(batch, other._replace(ids=other.ids + len(self.labelled)))
+
+    def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        return self.labelled.ordered(batch_size, limit)
+
+    def _endless(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
+        while True:
+            yield from self.extra.shuffled(batch_size, generator, augment)
+
+
+@dataclass(frozen=True, eq=False)
 class Streamed:
     """Image files decoded by worker processes."""
 
@@ -108,6 +141,10 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.split)
+
+
+def _joined(first: Batch, second: Batch) -> Batch:
+    return Batch(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
 
 
 def to_unit(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

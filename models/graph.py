@@ -57,13 +57,15 @@ class GlobalAvgPool(nn.Module):
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, GlobalAvgPool, Add, Affine,
 )  # fmt: skip
+NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 DROPPED = (nn.Dropout, nn.Dropout2d, nn.Identity)
 
 
-def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
+def trace(model: nn.Module, input_shape: tuple[int, int, int], fold: bool = True) -> fx.GraphModule:
     """The graph of a model in eval mode, on the CPU, without gradients; the model is not touched.
 
-    Raises InputError, naming the node and the operation, for anything that is not in ``LAYERS`` after rewriting.
+    ``fold=False`` leaves batch norm as layers of their own. Raises InputError, naming the node and the operation, for
+    anything that is not in ``LAYERS`` after rewriting.
     """
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     try:
@@ -74,14 +76,15 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule
             "its forward must not branch on tensor values; training, pruning and attacks work without this",
         ) from None
     network = fx.GraphModule(model, graph)
-    fx.passes.shape_prop.ShapeProp(network).propagate(torch.zeros(2, *input_shape))
+    note_shapes(network, input_shape)
     for node in list(network.graph.nodes):
         _rewrite(network, node)
-    _fold_batch_norm(network)
+    if fold:
+        _fold_batch_norm(network)
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.recompile()
-    _check(network)
+    _check(network, LAYERS if fold else (*LAYERS, *NORMS))
     return network
 
 
@@ -97,6 +100,17 @@ def output_of(network: fx.GraphModule) -> fx.Node:
     found = output.args[0]
     assert isinstance(found, fx.Node)
     return found
+
+
+def note_shapes(network: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
+    """Note the shape of every value, for a batch of two, where :func:`shape_of` finds it."""
+    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    fx.passes.shape_prop.ShapeProp(network).propagate(torch.zeros(2, *input_shape, dtype=dtype))
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """The noted shape of a node's value."""
+    return tuple(node.meta["tensor_meta"].shape)
 
 
 class _Tracer(fx.Tracer):
@@ -116,7 +130,7 @@ def _rewrite(network: fx.GraphModule, node: fx.Node) -> None:
         elif isinstance(module, Normalize):
             _replace(network, node, Affine(1 / module.std, -module.mean / module.std))
         elif isinstance(module, nn.AdaptiveAvgPool2d):
-            _replace(network, node, _adaptive_pool(module.output_size, _shape(node.args[0])))
+            _replace(network, node, _adaptive_pool(module.output_size, shape_of(node.args[0])))
     elif node.op in ("call_function", "call_method"):
         make = _FUNCTIONS.get(node.target)
         new = make(node) if make else None
@@ -173,20 +187,20 @@ def _arguments(node: fx.Node, defaults: dict[str, Any]) -> list[Any]:
 def _mean(node: fx.Node) -> nn.Module | None:
     wanted = _argument(node, 1, "dim", ())
     axes = {d % 4 for d in ((wanted,) if isinstance(wanted, int) else wanted)}
-    if axes != {2, 3} or len(_shape(node.args[0])) != 4:
+    if axes != {2, 3} or len(shape_of(node.args[0])) != 4:
         return None
     return GlobalAvgPool() if _argument(node, 2, "keepdim", False) else nn.Sequential(GlobalAvgPool(), nn.Flatten())
 
 
 def _flatten(node: fx.Node) -> nn.Module | None:
     """flatten, view and reshape are all Flatten when they turn (b, ...) into (b, rest)."""
-    before, after = _shape(node.args[0]), _shape(node)
+    before, after = shape_of(node.args[0]), shape_of(node)
     return nn.Flatten() if len(after) == 2 and after[0] == before[0] else None
 
 
 def _add(node: fx.Node) -> nn.Module | None:
     a, b = node.args[:2]
-    both = isinstance(a, fx.Node) and isinstance(b, fx.Node) and _shape(a) == _shape(b)
+    both = isinstance(a, fx.Node) and isinstance(b, fx.Node) and shape_of(a) == shape_of(b)
     return Add() if both and not node.kwargs else None
 
 
@@ -204,14 +218,10 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], nn.Module | None]] = {
     "reshape": _flatten,
     torch.mean: _mean,
     "mean": _mean,
-    F.adaptive_avg_pool2d: lambda n: _adaptive_pool(_argument(n, 1, "output_size", None), _shape(n.args[0])),
+    F.adaptive_avg_pool2d: lambda n: _adaptive_pool(_argument(n, 1, "output_size", None), shape_of(n.args[0])),
     F.avg_pool2d: lambda n: nn.AvgPool2d(*_arguments(n, POOL | {"count_include_pad": True, "divisor_override": None})),
     F.max_pool2d: _max_pool,
 }
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(node.meta["tensor_meta"].shape)
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
@@ -244,10 +254,9 @@ def _replace(network: fx.GraphModule, node: fx.Node, module: nn.Module | None) -
 
 def _fold_batch_norm(network: fx.GraphModule) -> None:
     for node in list(network.graph.nodes):
-        if node.op != "call_module" or not isinstance(norm := layer(network, node), nn.BatchNorm2d | nn.BatchNorm1d):
+        if node.op != "call_module" or not isinstance(norm := layer(network, node), NORMS):
             continue
-        if norm.running_mean is None or norm.running_var is None:
-            raise InputError(f"node {node.name}: batch norm without running statistics", "track_running_stats=True")
+        scale, shift = batch_norm(norm, node.name)
         (before,) = _inputs(node)
         source = layer(network, before) if before.op == "call_module" else None
         if isinstance(source, nn.Conv2d | nn.Linear) and len(before.users) == 1:
@@ -258,13 +267,19 @@ def _fold_batch_norm(network: fx.GraphModule) -> None:
             network.set_submodule(str(before.target), folded)
             _bypass(network, node)
         else:
-            scale = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
-            shift = (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
-            shape = (1, -1, *(1,) * (len(_shape(node)) - 2))
+            shape = (1, -1, *(1,) * (len(shape_of(node)) - 2))
             _replace(network, node, Affine(scale.view(shape), shift.view(shape)))
 
 
-def _check(network: fx.GraphModule) -> None:
+def batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of each channel by the running statistics: batch norm in eval mode. InputError without them."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise InputError(f"node {name}: batch norm without running statistics", "track_running_stats=True")
+    scale = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
+    return scale, (0.0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+
+
+def _check(network: fx.GraphModule, known: tuple[type[nn.Module], ...]) -> None:
     seen: set[str] = set()
     for node in network.graph.nodes:
         if node.op == "output" and not isinstance(node.args[0], fx.Node):
@@ -272,7 +287,7 @@ def _check(network: fx.GraphModule) -> None:
         if node.op in ("placeholder", "output"):
             continue
         what = type(layer(network, node)).__name__ if node.op == "call_module" else str(node.target)
-        if node.op != "call_module" or not isinstance(layer(network, node), LAYERS):
+        if node.op != "call_module" or not isinstance(layer(network, node), known):
             raise InputError(
                 f"node {node.name}: operation {what} is not supported here",
                 "supported: Conv2d, Linear, BatchNorm, ReLU, max/average pooling, residual sums, Flatten",

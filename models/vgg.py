@@ -27,9 +27,7 @@ class _VGG(nn.Module):
             if not out:
                 features.append(nn.MaxPool2d(2))
                 continue
-            conv = nn.Conv2d(channels, out, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            features += [conv, nn.BatchNorm2d(out), nn.ReLU()]
+            features += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
         # Never enlarge: on a side of one pixel a 2x2 pool would only hand the linear layer copies.
         height, width = min(2, size[0]), min(2, size[1])
@@ -42,6 +40,13 @@ class _VGG(nn.Module):
             nn.ReLU(),
             nn.Linear(256, num_classes),
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What the modules' own initialisation is not."""
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))

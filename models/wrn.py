@@ -66,6 +66,10 @@ class WideResNet(nn.Module):
         self.relu = nn.ReLU()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64 * widen, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What the modules' own initialisation is not."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -59,8 +59,9 @@ class Objective(Configured, ABC):
 
     @property
     def attack_used(self) -> Attack | None:
-        """The attack of the inner maximisation, which validation uses too; None for objectives without one."""
-        return getattr(self, "attack", None)
+        """The attack of validation: ``validation_attack`` of objectives whose own search is no full attack, otherwise
+        that of the inner maximisation; None for objectives without one."""
+        return getattr(self, "validation_attack", None) or getattr(self, "attack", None)
 
     def cross_entropy(self, logits: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
         return nn.functional.cross_entropy(logits, y, label_smoothing=self.label_smoothing)

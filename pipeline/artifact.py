@@ -44,6 +44,7 @@ class DataRecord(BaseModel):
     augment: str
     classes: list[str]
     sha256: dict[str, str]  # split -> digest
+    pseudo: str | None = None
 
 
 class Metadata(BaseModel):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from rprune.data.loaders import Loader, loader
+from rprune.data.loaders import Loader, Mixed, loader
 from rprune.data.sources import load_data
-from rprune.data.splits import DataSet
+from rprune.data.splits import ArraySplit, DataSet, Split, hold_out
 from rprune.errors import InputError, UsageError
+from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.models.registry import Architecture
-from rprune.pipeline.artifact import Artifact, DataRecord
+from rprune.pipeline.artifact import Artifact, DataRecord, load_artifact
 from rprune.pipeline.recipe import DataSection, ModelSection
 from rprune.threat import ThreatModel
 from rprune.training.loop import EpochLog
@@ -43,6 +45,7 @@ class Bench:
     seed: int
     device: torch.device
     reporter: Reporter = field(default_factory=Silent)
+    pseudo: Split | None = None  # pseudo-labelled samples that join every training batch
     typed: frozenset[str] = frozenset()  # names of user code that the user wrote; names in files are not followed
     _loaders: dict[str, Loader] = field(default_factory=dict)
 
@@ -53,22 +56,59 @@ class Bench:
         data = load_data(
             section.source, download=section.download, validation=section.validation, augment=section.augment
         )
-        return cls(data, section, threat or data.threat, seed, pick_device(device), reporter or Silent())
+        chosen = pick_device(device)
+        pseudo = _pseudo(section, data, chosen)
+        return cls(data, section, threat or data.threat, seed, chosen, reporter or Silent(), pseudo)
 
     def loader(self, split: str) -> Loader:
         if split not in self._loaders:
             self._loaders[split] = loader(self.data.split(split), self.device)
         return self._loaders[split]
 
+    def training(self, fraction: float = 1.0) -> Loader:
+        """Training batches, of a fixed random share of the split; with pseudo-labelled samples where there are any."""
+        split = self.data.train
+        if fraction < 1:
+            split, _ = hold_out(split, 1 - fraction, ("train", "unused"))
+        labelled = self.loader("train") if fraction == 1 else loader(split, self.device)
+        return labelled if self.pseudo is None else Mixed(labelled, loader(self.pseudo, self.device))
+
     def record(self) -> DataRecord:
-        splits = ("train", "validation", "test")
+        digests = {name: self.data.split(name).digest for name in ("train", "validation", "test")}
+        if self.pseudo is not None:
+            digests["pseudo"] = self.pseudo.digest
         return DataRecord(
+            pseudo=self.section.pseudo,
             source=self.data.source,
             validation=self.section.validation,
             augment=self.data.augment,
             classes=list(self.data.classes),
-            sha256={name: self.data.split(name).digest for name in splits},
+            sha256=digests,
         )
+
+
+def _pseudo(section: DataSection, data: DataSet, device: torch.device) -> Split | None:
+    """The pseudo-labelled split that a data section names. Raises InputError where it does not fit the data."""
+    if section.pseudo is None:
+        if section.pseudo_model is not None:
+            raise UsageError("pseudo_model labels nothing", 'name the samples too: pseudo = "npz:FILE"')
+        return None
+    found = load_data(section.pseudo, download=section.download, validation=section.validation)
+    if found.shape != data.shape or len(found.classes) > len(data.classes):
+        raise InputError(
+            f"{section.pseudo} has {len(found.classes)} classes of {found.shape}, "
+            f"{data.source} has {len(data.classes)} of {data.shape}",
+            "pseudo-labelled samples need the same shape and classes",
+        )
+    split = found.train
+    if section.pseudo_model is None:
+        return split
+    if not isinstance(split, ArraySplit):
+        raise InputError(f"{section.pseudo} does not fit in memory", "store the labels with it, without pseudo_model")
+    teacher = load_artifact(Path(section.pseudo_model))
+    check_fits(teacher, data)
+    predicted = predictions(classes_of(teacher.model(device)), loader(split, device)).predicted
+    return ArraySplit("pseudo", split.images, predicted.numpy())
 
 
 def pick_device(name: str) -> torch.device:

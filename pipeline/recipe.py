@@ -36,6 +36,8 @@ class DataSection(Section):
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     augment: Literal["none", "crop", "crop-flip"] | None = None
+    pseudo: str | None = None  # a second source; its training split, labels included, joins every batch
+    pseudo_model: str | None = None  # a model file whose predictions replace those labels
     download: bool = False
 
 
@@ -75,7 +77,7 @@ class TrainStage(Trained):
 
 
 class PruneStage(Trained):
-    """Pruning. Epochs come from the method (20 for HYDRA and HARP) unless given; lr 0.1 as in both papers."""
+    """Pruning. Epochs and lr come from the method (20 and 0.1 for HYDRA and HARP) unless given."""
 
     kind: Literal["prune"] = "prune"
     method: Spec = "harp"
@@ -86,7 +88,7 @@ class PruneStage(Trained):
     data_fraction: Annotated[float, Field(gt=0, le=1, description="share of the training data to prune with")] = 1.0
     objective: Spec | None = None  # None: as the model was trained
     epochs: Annotated[int, Field(ge=0)] | None = None
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0)] | None = None
 
 
 class FinetuneStage(Trained):
@@ -96,6 +98,9 @@ class FinetuneStage(Trained):
     objective: Spec | None = None
     epochs: Positive = 100
     lr: Annotated[float, Field(gt=0)] = 0.01
+    teacher: str | None = None  # "dense": the model before pruning; or a model file
+    teacher_weight: Annotated[float, Field(ge=0, le=1, description="share of the teacher's term in the loss")] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 4.0
 
 
 class QuantizeStage(Section):
@@ -143,6 +148,7 @@ class Recipe(Section):
     rprune: Literal[1]
     name: str
     seed: Annotated[int, Field(ge=0)] = 0
+    preset: str | None = None  # paper or rprune: what the stages do not say
     model: ModelSection = ModelSection()
     data: DataSection
     threat: ThreatSection | None = None  # None: what is usual for the data
@@ -173,6 +179,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"recipe {path} is not TOML: {error}", "see recipes/digits.toml for one") from None
     for text in overrides:
         override(table, text)
+    if table.get("preset") is not None:
+        from rprune.pipeline.presets import apply_preset  # torch comes with it
+
+        apply_preset(table)
     recipe: Recipe = validated(Recipe, table, str(path))
     _check_order(recipe)
     return recipe

@@ -19,10 +19,11 @@ from rprune.pipeline.environment import named_code, referenced_files, source_dig
 from rprune.pipeline.recipe import (
     CertifyStage,
     ExportStage,
+    FinetuneStage,
     Recipe,
     Stage,
 )
-from rprune.pipeline.stages import Certificates, adopt, certify, check_stage, run_stage
+from rprune.pipeline.stages import DENSE, Certificates, adopt, certify, check_stage, open_teacher, run_stage
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
 
@@ -60,6 +61,7 @@ class Runner:
         self.bench.typed = named_code(recipe.model_dump(mode="json"))
         self.arch = architecture(recipe.model, self.bench.data)
         self.start = self._adopted(start, folder)
+        self.teacher = self._teacher(folder)
         for stage in recipe.stage:  # find every mistake before hours are spent
             check_stage(stage, self.bench, self.arch)
 
@@ -81,6 +83,7 @@ class Runner:
         self._lock()
         outcomes: list[Outcome] = []
         artifact = self.start
+        self._dense = self.start
         certificates: Certificates | None = None
         parent = self._first_key
         for number, stage in enumerate(self.recipe.stage, 1):
@@ -90,6 +93,8 @@ class Runner:
                 self._make(stage, folder, key, artifact, certificates)
             outcome = self._read(stage, folder, reused)
             artifact = outcome.artifact or artifact
+            if stage.kind == "train":
+                self._dense = artifact
             certificates = outcome.certificates or certificates
             outcomes.append(outcome)
             announce(outcome)
@@ -108,6 +113,13 @@ class Runner:
         self.arch = arch
         check_fits(start, self.bench.data)
         return start
+
+    def _teacher(self, folder: Path) -> Artifact | None:
+        """The model file that a finetune stage names as its teacher."""
+        for stage in self.recipe.stage:
+            if isinstance(stage, FinetuneStage) and stage.teacher not in (None, DENSE):
+                return open_teacher(folder / str(stage.teacher), self.bench, self.arch.name)
+        return None
 
     @property
     def _first_key(self) -> str:
@@ -128,6 +140,7 @@ class Runner:
                 "threat": [bench.threat.norm, bench.threat.text],
                 "seed": bench.seed,
                 "device": bench.device.type,
+                "teacher": self.teacher.digest if self.teacher and stage.kind == "finetune" else None,
                 "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,
                 "name": self.recipe.name if stage.kind == "export" else None,
                 "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), self.arch.name])],
@@ -155,7 +168,10 @@ class Runner:
             source = Source(self.recipe.name, self.recipe.model_dump(mode="json"), self.policy)
             export(self.bench, artifact, stage, partial, source, certificates)
             return
-        made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE)
+        teacher = None
+        if isinstance(stage, FinetuneStage) and stage.teacher is not None:
+            teacher = self._dense if stage.teacher == DENSE else self.teacher
+        made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE, teacher)
         save_folder(made, partial)
         history = made.metadata.lineage[-1].history
         if history:

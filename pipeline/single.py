@@ -20,8 +20,8 @@ from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits, progress_of
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
-from rprune.pipeline.recipe import DataSection, ModelSection, Section
-from rprune.pipeline.stages import adopt, check_stage, networks, run_stage
+from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, Section
+from rprune.pipeline.stages import DENSE, adopt, check_stage, networks, open_teacher, run_stage
 from rprune.threat import ThreatModel
 
 
@@ -57,6 +57,7 @@ def open_data(request: Request, reporter: Reporter, recorded: Artifact | None = 
             source=request.data or record.source,
             validation=record.validation,
             augment=None if changed else record.augment,  # type: ignore[arg-type]  # validated when it was recorded
+            pseudo=None if changed else record.pseudo,
             download=request.download,
         )
     bench = Bench.open(section, threat, request.seed, request.device, reporter)
@@ -115,9 +116,15 @@ def run_single(
     resume: bool = True,
 ) -> Artifact:
     """Run one prepared stage and write its artifact. Interrupted, the same call continues."""
+    teacher = None
+    if isinstance(stage, FinetuneStage) and stage.teacher is not None:
+        if stage.teacher == DENSE:
+            raise UsageError("teacher 'dense' is for recipes", "name the dense model's file: --teacher FILE")
+        teacher = open_teacher(Path(stage.teacher), bench, None if source is None else source.metadata.arch.name)
     key = digest_of(
         {
             "stage": stage.model_dump(mode="json"),
+            "teacher": None if teacher is None else teacher.digest,
             "source": None if source is None else source.digest,
             "arch": None if arch is None else arch.to_dict(),
             "bench": [bench.record().model_dump(mode="json"), str(bench.threat), bench.seed, bench.device.type],
@@ -125,7 +132,7 @@ def run_single(
         }
     )
     partial = partial_folder(output, key, resume)
-    made = run_stage(bench, stage, source, arch, partial / "resume.pt")
+    made = run_stage(bench, stage, source, arch, partial / "resume.pt", teacher)
     remove_result(output)
     save_artifact(made, output)
     shutil.rmtree(partial)

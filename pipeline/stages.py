@@ -18,7 +18,6 @@ from rprune.attacks.pgd import PGD
 from rprune.attacks.suites import suite
 from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Batch, Loader, loader
-from rprune.data.splits import hold_out
 from rprune.errors import InputError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import certify_ibp, certify_smoothing
@@ -27,8 +26,9 @@ from rprune.models.graph import trace
 from rprune.models.prunable import prunable
 from rprune.models.registry import Architecture, build
 from rprune.objectives.base import OBJECTIVES, Objective
-from rprune.pipeline.artifact import Artifact, Metadata
-from rprune.pipeline.bench import Bench, progress_of
+from rprune.objectives.distillation import Distilled
+from rprune.pipeline.artifact import Artifact, Metadata, load_artifact
+from rprune.pipeline.bench import Bench, check_fits, progress_of
 from rprune.pipeline.environment import environment
 from rprune.pipeline.recipe import (
     CertifyStage,
@@ -41,10 +41,10 @@ from rprune.pipeline.recipe import (
     Trained,
     TrainStage,
 )
-from rprune.pruning.allocation import check_allocator
+from rprune.pruning.allocation import allocate, check_allocator
 from rprune.pruning.base import METHODS, Context, Fixed, Pruner
 from rprune.pruning.budget import Budget
-from rprune.pruning.masks import count
+from rprune.pruning.masks import Masks, count
 from rprune.quantization.ptq import Quantization, quantize, simulated
 from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
@@ -60,12 +60,23 @@ def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, b
     return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, metrics)
 
 
+DENSE = "dense"  # the teacher that is the model before pruning
+
+
+def open_teacher(path: Path, bench: Bench, arch: str | None) -> Artifact:
+    """A model file as a teacher. Raises InputError when it is not one of rprune's or does not fit the data."""
+    teacher = load_artifact(path, arch)
+    check_fits(teacher, bench.data)
+    return teacher
+
+
 def run_stage(
     bench: Bench,
     stage: Section,
     source: Artifact | None,
     arch: Architecture | None = None,
     state_file: Path | None = None,
+    teacher: Artifact | None = None,
 ) -> Artifact:
     """Run a stage that leaves an artifact; ``arch`` is for training alone, ``source`` for all others."""
     if isinstance(stage, TrainStage):
@@ -75,7 +86,7 @@ def run_stage(
     if isinstance(stage, PruneStage):
         return prune(bench, source, stage, state_file)
     if isinstance(stage, FinetuneStage):
-        return finetune(bench, source, stage, state_file)
+        return finetune(bench, source, stage, state_file, teacher)
     assert isinstance(stage, QuantizeStage)
     return quantize_8bit(bench, source, stage)
 
@@ -106,42 +117,71 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
             "it is pruned already; ask for a higher sparsity, or start from the dense model",
         )
     epochs = method.epochs if stage.epochs is None else stage.epochs
-    train_data = bench.loader("train")
-    if stage.data_fraction < 1:
-        chosen, _ = hold_out(bench.data.train, 1 - stage.data_fraction, ("train", "unused"))
-        train_data = loader(chosen, bench.device)
+    stage = stage.model_copy(update={"lr": method.lr if stage.lr is None else stage.lr})
+    train_data = bench.training(stage.data_fraction)
     context = Context(
         epochs=epochs,
         steps_per_epoch=math.ceil(len(train_data) / stage.batch_size),
         seed=bench.seed,
-        lr=stage.lr,
+        lr=float(stage.lr or 0.0),
         threat=bench.threat,
+        input_shape=bench.data.shape,
         batches=lambda: train_data.shuffled(stage.batch_size, _generator(bench.seed, "score"), "none"),
         loss=lambda net, batch: _first_loss(objective, net, batch, bench),
     )
+    before = {name: weight.detach().clone() for name, weight in prunable(model).items()}
     pruner = method.bind(model, budget, context)
     found = _fit(bench, "prune", model, pruner, objective, stage, epochs, state_file, train_data)
     masks = pruner.finish()
-    if count(masks) != budget.kept:
-        raise WorkError(f"{stage.method} kept {count(masks)} weights, the budget is {budget.kept}", "report this")
+    kept = count(masks)
+    if pruner.exact and kept != budget.kept:
+        raise WorkError(f"{METHODS.name_of(method)} kept {kept} weights, the budget is {budget.kept}", "report this")
     metadata = _metadata("prune", source.metadata.arch, bench, objective).model_copy(
-        update={"sparsity": stage.sparsity, "budget": budget.kept}
+        update={"sparsity": stage.sparsity, "budget": kept}
     )
     artifact = Artifact(metadata, _state(model), {name: mask.cpu() for name, mask in masks.items()})
     resolved = stage.model_copy(update={"method": METHODS.describe(method), "epochs": epochs})
-    extra = {"kept": budget.kept, "total": budget.total, "search": pruner.log()}
+    extra = {"kept": kept, "total": budget.total, "search": pruner.log()} | profile(before, masks, budget)
     if found.history:
         extra["target_met"] = found.selected_epoch is not None  # else the search was off the budget in every epoch
     return _finished(artifact, bench, resolved, model, objective, found, started, source, extra)
 
 
-def finetune(bench: Bench, source: Artifact, stage: FinetuneStage, state_file: Path | None = None) -> Artifact:
-    """Training with the mask held."""
+def profile(before: Mapping[str, torch.Tensor], masks: Masks, budget: Budget) -> dict[str, Any]:
+    """What plots show: kept weights of each layer beside the fixed allocations, and which magnitudes were kept."""
+    allocations = {name: allocate(name, before, budget) for name in ("uniform", "erk", "lamp")}
+    values = torch.cat([weight.flatten() for weight in before.values()]).cpu()
+    inside = torch.cat([masks[name].flatten() for name in before]).cpu()
+    reach = float(values.abs().max().clamp_min(1e-12))
+    counts = [torch.histc(values[part], 41, -reach, reach).int().tolist() for part in (inside, ~inside)]
+    return {
+        "kept_by_layer": {name: int(mask.sum()) for name, mask in masks.items()},
+        "allocations": allocations,
+        "histogram": {
+            "edges": [round(edge, 6) for edge in torch.linspace(-reach, reach, 42).tolist()],
+            "kept": counts[0],
+            "pruned": counts[1],
+        },
+    }
+
+
+def finetune(
+    bench: Bench,
+    source: Artifact,
+    stage: FinetuneStage,
+    state_file: Path | None = None,
+    teacher: Artifact | None = None,
+) -> Artifact:
+    """Training with the mask held, and by a teacher where there is one."""
     started = time.monotonic()
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
     model = source.model(bench.device)
     masks = {name: mask.to(bench.device) for name, mask in source.masks.items()}
-    found = _fit(bench, "finetune", model, Fixed(model, masks), objective, stage, stage.epochs, state_file)
+    taught = objective
+    if teacher is not None:
+        network = teacher.model(bench.device).requires_grad_(False)
+        taught = Distilled(inner=objective, teacher=network, weight=stage.teacher_weight, temperature=stage.temperature)
+    found = _fit(bench, "finetune", model, Fixed(model, masks), taught, stage, stage.epochs, state_file)
     metadata = _metadata("finetune", source.metadata.arch, bench, objective).model_copy(
         update={"sparsity": source.metadata.sparsity, "budget": source.metadata.budget}
     )
@@ -262,7 +302,7 @@ def _fit(
         model,
         pruner,
         objective,
-        data or bench.loader("train"),
+        data or bench.training(),
         settings,
         augment=bench.data.augment,
         validate=lambda net: _scores(bench, net, objective.attack_used),

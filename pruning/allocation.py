@@ -18,12 +18,12 @@ Counts = dict[str, int]
 
 
 def uniform(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
-    """The same kept share in every layer (HYDRA)."""
+    """The same kept share in every layer (Sehwag et al., NeurIPS 2020)."""
     return apportion({name: weight.numel() for name, weight in weights.items()}, budget)
 
 
 def erk(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
-    """Erdos-Renyi-Kernel: a layer's kept weights are proportional to the sum of its dimensions (RigL, ICML 2020, 3)."""
+    """Erdos-Renyi-Kernel: kept weights are proportional to the sum of a layer's dimensions (Evci et al., ICML 2020)."""
     return apportion({name: float(sum(weight.shape)) for name, weight in weights.items()}, budget)
 
 
@@ -33,14 +33,14 @@ def lamp(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
 
 
 def magnitude(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
-    """The globally largest magnitudes stay, after each layer has kept its floor."""
+    """The globally largest magnitudes stay, after each layer has kept its floor (Han et al., NeurIPS 2015)."""
     return global_top({name: weight.detach().abs() for name, weight in weights.items()}, budget)
 
 
 def igq(weights: Mapping[str, Tensor], budget: Budget) -> Counts:  # noqa: ARG001  sizes are all it needs
-    """Intermediate-sized layers keep nearly equal counts: density 1 / (f n + 1) with one f for all layers.
+    """Nearly equal counts for all large layers: density 1/(f n + 1), one f for all (Flying Bird, ICLR 2022, its code).
 
-    From Flying Bird's code (Chen et al., ICLR 2022), where it is the default; never above 1 and smooth in n.
+    Never above 1 and smooth in n.
     """
     low, high = 0.0, 1.0  # f; the total falls as f grows
     while sum(_igq_counts(high, budget).values()) > budget.kept:

@@ -20,7 +20,7 @@ A tensor whose gradient is None after ``before_step`` is not stepped.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,6 +49,7 @@ class Context:
     seed: int = 0
     lr: float = 0.1
     threat: ThreatModel | None = None
+    input_shape: tuple[int, int, int] | None = None
     batches: Callable[[], Iterator[Batch]] | None = None
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
 
@@ -68,6 +69,8 @@ class Pruner:
 
     radius: float = 0.0
     radius_from: int = 0
+    exact: bool = True
+    """masks() keeps exactly ``budget.kept``; structured pruners keep at most that."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -199,11 +202,14 @@ class Scored(Pruner, ABC):
 class Method(Configured, ABC):
     """Base of all methods. Derived classes are frozen dataclasses whose docstring is the method card.
 
-    Class variables: ``epochs`` of the pruning step in the paper, 0 for methods that do not train in it; ``paper``, what
-    it ``learns``, ``cost`` and ``structures`` (of which the first is the default) for ``rprune list methods``.
+    Class variables: ``epochs`` of the pruning step in the paper, 0 for methods that do not train in it, and its ``lr``;
+    ``paper``, what it ``learns``, ``cost`` and ``structures`` (of which the first is the default) for ``rprune list
+    methods``; ``paper_settings``, what the authors ran, as tables of the stages and the threat (preset "paper").
     """
 
     epochs: ClassVar[int] = 20
+    lr: ClassVar[float] = 0.1
+    paper_settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     paper: ClassVar[str] = ""
     learns: ClassVar[str] = "nothing"
     cost: ClassVar[str] = ""

@@ -17,7 +17,9 @@ from rprune.pruning.allocation import allocate
 from rprune.pruning.base import METHODS, Context, Method, Pruner
 from rprune.pruning.budget import Budget, apportion
 from rprune.pruning.hydra import ScorePruner, straight_through
+from rprune.pruning.initial_scores import InitialScores
 from rprune.pruning.masks import Masks, top_mask
+from rprune.pruning.papers import HARP, Settings
 
 ALPHA = 0.1  # a_min = ALPHA * a_t (HARP, section 3.2; --alpha of its code)
 PAPER_STEPS = 391  # steps an epoch on CIFAR-10 at batch 128, for which the paper's gamma step of 0.01 was chosen
@@ -45,7 +47,15 @@ def hardware_loss(a: Float[Tensor, " l"], sizes: Float[Tensor, " l"], a_t: float
 class HarpPruner(ScorePruner):
     """Scores s as in HYDRA, and one r a layer that sets its kept share a."""
 
-    def __init__(self, model: nn.Module, budget: Budget, a_init: dict[str, float], gamma_step: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        a_init: dict[str, float],
+        gamma_step: float,
+        initial: str = "scaled",
+        seed: int = 0,
+    ) -> None:
         self.budget = budget
         self.gamma_step = gamma_step
         self.gamma = gamma_step
@@ -55,7 +65,7 @@ class HarpPruner(ScorePruner):
         self.r = torch.tensor(start, dtype=torch.float32, device=device, requires_grad=True)
         self._sizes = torch.tensor(list(budget.sizes.values()), dtype=torch.float32, device=device)
         self._dense = torch.tensor([name in budget.dense for name in budget.sizes], device=device)
-        super().__init__(model, {})
+        super().__init__(model, {}, initial, seed)
 
     def parameters(self) -> Iterable[Tensor]:
         return [*super().parameters(), self.r]
@@ -137,10 +147,13 @@ class Harp(Method):
     paper: ClassVar[str] = "Zhao and Wressnegger, ICLR 2023"
     learns: ClassVar[str] = "scores, rates, batch norm"
     cost: ClassVar[str] = "a training step + 1 selection"
+    paper_settings: ClassVar[Settings] = HARP
+    pruner: ClassVar[type[HarpPruner]] = HarpPruner
 
     gamma_step: Annotated[float, Field(gt=0)] | None = None
     initial_density: Annotated[float, Field(gt=0, le=1)] = 0.1
     allocation: str = "uniform"
+    initial_scores: InitialScores = "scaled"
 
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
         weights = prunable(model)
@@ -148,7 +161,8 @@ class Harp(Method):
         start = Budget(budget.sizes, kept, budget.floor, budget.dense)
         counts = allocate(self.allocation, weights, start)
         a_init = {name: counts[name] / size for name, size in budget.sizes.items()}
-        return HarpPruner(model, budget, a_init, self.gamma_step or scaled_gamma_step(context))
+        gamma_step = self.gamma_step or scaled_gamma_step(context)
+        return self.pruner(model, budget, a_init, gamma_step, self.initial_scores, context.seed)
 
 
 def scaled_gamma_step(context: Context) -> float:

@@ -7,31 +7,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import allocate
 from rprune.pruning.base import METHODS, Context, Method, Pruner, Scored
 from rprune.pruning.budget import Budget
+from rprune.pruning.initial_scores import InitialScores, initial_scores
 from rprune.pruning.masks import Masks, top_mask
-
-
-def scaled_initial_scores(weight: Float[Tensor, "out ..."]) -> Float[Tensor, "out ..."]:
-    """sqrt(6 / fan_in) w / max|w| (HYDRA's scaled initialisation). An all-zero tensor gets all-zero scores."""
-    fan_in = weight[0].numel()
-    largest = weight.detach().abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
-    scores: Tensor = (6 / fan_in) ** 0.5 * weight.detach() / largest
-    return scores
+from rprune.pruning.papers import HYDRA, Settings
 
 
 class ScorePruner(Scored):
     """Scores s of a fixed number of kept weights a layer; the mask m is 1 at the largest |s|."""
 
-    def __init__(self, model: nn.Module, counts: dict[str, int]) -> None:
+    def __init__(self, model: nn.Module, counts: dict[str, int], initial: str = "scaled", seed: int = 0) -> None:
         super().__init__(model)
         self._counts = counts
-        self.scores = {name: scaled_initial_scores(w).requires_grad_() for name, w in self.weights.items()}
+        self.scores = initial_scores(initial, self.weights, seed)
+        for score in self.scores.values():
+            score.requires_grad_()
         self.write(self.current_masks())
 
     def parameters(self) -> Iterable[Tensor]:
@@ -75,14 +70,18 @@ class Hydra(Method):
     Importance scores are initialised in proportion to the pretrained weights and trained by the objective through a
     straight-through top-k mask: dL/ds = dL/dw_eff * w * sign(s) for every entry. Weights and biases rest, batch-norm
     affine parameters train. Paper: SGD lr 0.1, 20 epochs, the same kept share in each layer. ``allocation``: erk and
-    lamp are the non-uniform variants that HARP compares with. Costs a training step plus one selection a step.
+    lamp are the non-uniform variants that HARP compares with. ``initial_scores``: the paper's ablation of its scaled
+    initialisation. Costs a training step plus one selection a step.
     """
 
     paper: ClassVar[str] = "Sehwag et al., NeurIPS 2020"
     learns: ClassVar[str] = "scores, batch norm"
     cost: ClassVar[str] = "a training step + 1 selection"
+    paper_settings: ClassVar[Settings] = HYDRA
 
     allocation: str = "uniform"
+    initial_scores: InitialScores = "scaled"
 
-    def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:  # noqa: ARG002
-        return ScorePruner(model, allocate(self.allocation, prunable(model), budget))
+    def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
+        counts = allocate(self.allocation, prunable(model), budget)
+        return ScorePruner(model, counts, self.initial_scores, context.seed)

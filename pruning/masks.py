@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rprune.seeds import derive
+
 Masks: TypeAlias = dict[str, Tensor]
 """Tensor name -> bool tensor of the weight's shape; True = kept."""
 
@@ -39,6 +41,27 @@ def impose(weights: Mapping[str, Tensor], masks: Masks) -> None:
     with torch.no_grad():
         for name, mask in masks.items():
             weights[name].masked_fill_(~mask, 0.0)
+
+
+def random_masks(weights: Mapping[str, Tensor], counts: Mapping[str, int], seed: int) -> Masks:
+    """Exactly ``counts`` random entries of every tensor."""
+    generator = torch.Generator().manual_seed(derive(seed, "random mask"))
+    masks = {}
+    for name, weight in weights.items():
+        masks[name] = top_mask(torch.rand(weight.shape, generator=generator), counts[name]).to(weight.device)
+    return masks
+
+
+def enliven(weights: Mapping[str, Tensor], masks: Masks) -> None:
+    """Give kept weights that are exactly 0 the least magnitude that counts, 1e-7 of the layer's largest, in place.
+
+    A weight that grew in the last step, or whose gradient was 0 ever since, is 0; it would be missing from the budget.
+    """
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = weights[name]
+            least = weight.abs().max().clamp_min(1e-7) * 1e-7
+            weight.copy_(torch.where(mask & (weight == 0), least, weight))
 
 
 def count(masks: Masks) -> int:

@@ -25,6 +25,30 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rprune-method",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help="run the contract suite of pruning methods on this one alone; repeatable",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.get_closest_marker("every_method"):
+        from rprune.pruning.base import METHODS
+
+        metafunc.parametrize("name", metafunc.config.getoption("--rprune-method") or list(METHODS.all()))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--rprune-method"):
+        chosen = [item for item in items if item.get_closest_marker("every_method")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(scope="session")
 def load_helper():
     """Import a helper file below tests/ (tests are no package)."""
@@ -54,3 +78,11 @@ def vectors():
     import json
 
     return json.loads((Path(__file__).parent / "data" / "vectors-hydra-harp-admm.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def vectors_others():
+    """The numeric vectors of the other pruning systems and allocators."""
+    import json
+
+    return json.loads((Path(__file__).parent / "data" / "vectors-others.json").read_text())

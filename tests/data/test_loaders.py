@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rprune.data.loaders import CROP_PADDING, Resident, augmented, to_unit
+from rprune.data.loaders import CROP_PADDING, Mixed, Resident, augmented, to_unit
 
 AUGMENTS = ("none", "crop", "crop-flip")
 
@@ -120,3 +120,18 @@ def test_ordered_gives_the_first_samples_as_they_are(limit: int | None) -> None:
     assert torch.equal(torch.cat([batch.x for batch in batches]), data.images[:n].float() / 255)
     assert torch.equal(torch.cat([batch.y for batch in batches]), data.labels[:n])
     assert len(data) == 40
+
+
+def test_mixed_batches_hold_as_many_extra_samples_and_every_one_in_turn():
+    labelled, extra = resident(40), Resident(images(25, (3, 9, 7)), torch.full((25,), 7))
+    mixed = Mixed(labelled, extra)
+    assert len(mixed) == 40
+    batches = list(mixed.shuffled(16, torch.Generator().manual_seed(0), "none"))
+    assert [len(batch.y) for batch in batches] == [32, 32, 16]
+    own = torch.cat([batch.ids[: len(batch.ids) // 2] for batch in batches])
+    other = torch.cat([batch.ids[len(batch.ids) // 2 :] for batch in batches]) - 40
+    assert own.sort().values.tolist() == list(range(40))
+    assert other[:25].sort().values.tolist() == list(range(25))  # a whole pass before any comes again
+    assert all(bool((batch.y[len(batch.y) // 2 :] == 7).all()) for batch in batches)
+    again = list(mixed.shuffled(16, torch.Generator().manual_seed(0), "none"))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(batches, again, strict=True))

@@ -1,7 +1,9 @@
 """What every registered training objective must keep to, and the numeric vectors of the losses."""
 
 import copy
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from rprune.objectives.pgd_at import PGDAT
 from rprune.objectives.trades import TRADES, kl
 from rprune.threat import ThreatModel
 
-OPTIONS = {name: {"attack": {"steps": 3}} for name in ("pgd-at", "trades")}
+OPTIONS = {name: {"attack": {"steps": 3}} for name in ("pgd-at", "trades", "mart", "smoothadv")} | {
+    "free-at": {"replays": 3}
+}
+FREE = ("free-at",)  # their perturbation's gradient comes with the training step's own backward
 every_objective = pytest.mark.parametrize("name", OBJECTIVES.all())
 LINF = ThreatModel.of("linf", "8/255")
 both_norms = pytest.mark.parametrize("threat", [LINF, ThreatModel.of("l2", "0.5")], ids=str)
@@ -40,10 +45,10 @@ def stream(seed=0):
     return Stream(torch.Generator().manual_seed(seed))
 
 
-def losses(objective, net, x, y, seed=0):
+def losses(objective, net, x, y, seed=0, noise=None):
     """All losses of a batch, each after its backward."""
     found = []
-    for compute in objective(net, x, y, 0.25, stream(seed)):
+    for compute in objective(net, x, y, 0.25, noise or stream(seed)):
         net.zero_grad()
         loss = compute()
         loss.value.backward()
@@ -84,16 +89,16 @@ def test_net_is_left_as_it_was_before_the_backward(tiny, name):
 
 @every_objective
 def test_attack_does_not_touch_the_running_statistics(tiny, name):
-    """They move by the train-mode passes of the loss alone, none of which differentiates its input."""
+    """They move by the train-mode passes of the losses alone, none of which differentiates its input."""
     net, (x, y) = tiny.net().train(), tiny.batch()
     twin = copy.deepcopy(net)
     passes = []
     handle = net.register_forward_pre_hook(lambda module, inputs: passes.append((module.training, *inputs)))
-    losses(objective_named(name), net, x, y)
+    found = losses(objective_named(name), net, x, y)
     handle.remove()
     trained = [inputs for training, inputs in passes if training]
-    assert not any(inputs.requires_grad for inputs in trained)
-    assert len(trained) <= 2
+    assert name in FREE or not any(inputs.requires_grad for inputs in trained)
+    assert len(trained) <= 2 * len(found)
     with torch.no_grad():
         for inputs in trained:
             twin(inputs)
@@ -108,13 +113,59 @@ def test_same_generator_same_loss(tiny, name):
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(len(runs))
-        net = tiny.net().train()
-        runs.append((losses(objective, net, x, y, seed)[-1], {k: p.grad for k, p in net.named_parameters()}))
+        net, noise = tiny.net().train(), stream(seed)
+        before = noise.generator.get_state()
+        loss = losses(objective, net, x, y, noise=noise)[-1]
+        runs.append((loss, {k: p.grad for k, p in net.named_parameters()}))
+        draws = not torch.equal(before, noise.generator.get_state())
     assert torch.equal(runs[0][0].value, runs[1][0].value)
     assert torch.equal(runs[0][0].logits, runs[1][0].logits)
     assert tiny.same_bits(runs[0][1], runs[1][1])
+    assert torch.equal(runs[0][0].value, runs[2][0].value) != draws
+
+
+@every_objective
+@both_norms
+def test_loss_computed_again_is_the_same(tiny, name, threat):
+    """A perturbation of the weights (AWP) asks for it twice, at the same points."""
+    net, (x, y) = tiny.net().train(), tiny.batch()
+    for compute in objective_named(name, threat)(net, x, y, 0.25, stream()):
+        runs = []
+        for _ in range(2):
+            net.zero_grad()
+            loss = compute()
+            loss.value.backward()
+            runs.append({key: p.grad.clone() for key, p in net.named_parameters()} | {"": loss.value.detach()})
+            net.bn1.momentum = net.bn2.momentum = 0.0  # as the loop holds running statistics for the second time
+        assert tiny.same_bits(*runs)
+
+
+@every_objective
+def test_label_smoothing_acts(tiny, name):
+    x, y = tiny.batch()
+    sharp = objective_named(name)
+    values = [
+        losses(dataclasses.replace(sharp, label_smoothing=share), tiny.net().train(), x, y)[0].value.detach()
+        for share in (0.0, 0.2)
+    ]
+    assert not torch.equal(*values)
+
+
+@every_objective
+def test_validation_attacks_for_real(name):
+    """An adversarial objective is validated by an attack of several steps."""
+    objective = OBJECTIVES.build(name, threat=LINF)
     if objective.attack_used is not None:
-        assert not torch.equal(runs[0][0].value, runs[2][0].value)
+        assert objective.attack_used.queries() > 10
+
+
+@every_objective
+def test_docstring_is_a_card_that_names_its_paper(name):
+    cls = OBJECTIVES.get(name)
+    assert cls.cost
+    if name != "benign":
+        assert re.fullmatch(r"[\w ]+( et al\.)?, \w+ (19|20)\d\d", cls.paper)
+        assert cls.paper in " ".join(cls.__doc__.split())
 
 
 @every_objective

@@ -256,7 +256,7 @@ def test_start_from_a_checkpoint(trained, tmp_path):
     [
         "stage.train.objective=trade", "stage.train.schedule=cosin", "stage.prune.method=harpp",
         "stage.export.suite=pgd11", "model.arch=cnn-smal", "policy=none.toml", "stage.prune.sparsity=0.99999",
-        "stage.prune.method.allocation=unifrm",
+        "stage.prune.method.allocation=unifrm", "stage.prune.method.initial_scores=scald",
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_any_work(home, tmp_path, setting):

@@ -8,21 +8,34 @@ import re
 import pytest
 import torch
 
+from rprune.attacks.pgd import PGD
+from rprune.data.loaders import Resident
 from rprune.errors import InputError, UsageError, WorkError
+from rprune.export.onnx import float_model
+from rprune.export.qdq import qdq_model
+from rprune.export.session import OnnxClassifier, stored_weights
+from rprune.models.graph import trace
 from rprune.models.prunable import prunable
 from rprune.objectives.benign import Benign
 from rprune.pruning.base import METHODS, Context, Fixed, Method, Pruner, Scored
 from rprune.pruning.budget import Budget
 from rprune.pruning.hydra import ScorePruner
 from rprune.pruning.masks import count
+from rprune.pruning.reparametrised import Reparametrised
+from rprune.quantization.ptq import quantize, simulated
+from rprune.threat import ThreatModel
 from rprune.training.loop import Settings, fit
 
-OPTIONS = {"harp": {"gamma_step": 0.5}}
+OPTIONS = {
+    "harp": {"gamma_step": 0.5},
+    "harp-r": {"gamma_step": 0.5},
+    "s2ap": {"host": {"name": "harp", "gamma_step": 0.5}, "warmup": 1},
+}
 """Keyword arguments of methods whose defaults do not suit three epochs of two steps."""
 
 EPOCHS = 3
 SETTINGS = Settings(epochs=EPOCHS, batch_size=24, lr=0.5, momentum=0.9, weight_decay=5e-3)
-every_method = pytest.mark.parametrize("name", METHODS.all())
+every_method = pytest.mark.every_method  # conftest.py gives each such test every name
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +51,22 @@ def budget_of(model, sparsity):
     return Budget.of({name: w.numel() for name, w in prunable(model).items()}, sparsity)
 
 
+def context():
+    """With all that a method may ask for: data, a loss, a threat."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (48, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    data = Resident(images, torch.randint(0, 5, (48,), generator=generator))
+    return Context(
+        EPOCHS,
+        2,
+        threat=ThreatModel.of("linf", "8/255"),
+        batches=lambda: data.shuffled(24, torch.Generator().manual_seed(6), "none"),
+        loss=lambda net, batch: torch.nn.functional.cross_entropy(net(batch.x), batch.y),
+    )
+
+
 def bound(method, model, sparsity):
-    return method.bind(model, budget_of(model, sparsity), Context(EPOCHS, 2, 0))
+    return method.bind(model, budget_of(model, sparsity), context())
 
 
 def train(model, pruner, tiny, **options):
@@ -68,8 +95,10 @@ def watch(pruner):
         weights = prunable(pruner.model)
         if isinstance(pruner, Scored):
             check_held(weights, pruner.current_masks(), pruner.weights)
+        elif isinstance(pruner, Reparametrised):
+            check_held(weights, pruner.current_masks())
         else:
-            check_held(weights, pruner.masks() if isinstance(pruner, Fixed) else {})
+            check_held(weights, pruner._masks if isinstance(pruner, Fixed) else {})
         steps.append(1)
 
     pruner.after_step = after_step
@@ -93,11 +122,11 @@ def finished(tiny):
 
 
 @every_method
-@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99, 0.999])
 def test_budget_is_met_exactly(finished, name, sparsity):
     model, pruner, masks = finished(name, sparsity)
     total = sum(w.numel() for w in prunable(model).values())
-    kept = math.floor(total * (100 - round(100 * sparsity)) / 100)
+    kept = math.floor(total * (1000 - round(1000 * sparsity)) / 1000)
     assert list(masks) == list(prunable(model))
     assert count(masks) == kept
     assert count(pruner.masks()) == kept
@@ -105,7 +134,7 @@ def test_budget_is_met_exactly(finished, name, sparsity):
 
 
 @every_method
-@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99, 0.999])
 def test_finished_model_holds_the_weights_its_masks_keep(finished, name, sparsity):
     model, _, masks = finished(name, sparsity)
     check_held(prunable(model), masks)
@@ -200,6 +229,26 @@ def test_state_dict_is_the_plain_one(finished, tiny, name):
 
 
 @every_method
+def test_zeros_survive_8_bits_and_both_files_keep_exactly_the_masks(finished, tiny, tmp_path, name):
+    model, _, masks = finished(name, 0.9)
+    shape = (3, 8, 8)
+    network = trace(model, shape)
+    x = tiny.batch(16)[0]
+    found = quantize(network, [x])
+    twin = simulated(network, found)
+    models = {"float": float_model(model, shape), "int8": qdq_model(twin, shape, tiny.CLASSES)}
+    for form, net in {"float": model, "int8": twin}.items():
+        file = tmp_path / f"{form}.onnx"
+        file.write_bytes(models[form].SerializeToString())
+        stored = stored_weights(file)
+        for layer, mask in masks.items():
+            assert (stored[layer] != 0).tolist() == mask.tolist(), f"{form} {layer}"
+        with torch.no_grad():
+            expected = net(x).argmax(1)
+        assert OnnxClassifier(file).predict(x.numpy()).tolist() == expected.tolist()
+
+
+@every_method
 def test_same_seed_same_masks(finished, tiny, name):
     first, _, masks = finished(name, 0.9)
     torch.manual_seed(123)  # what the caller has drawn before does not matter
@@ -266,14 +315,14 @@ def test_description_gives_the_method_back(name):
     assert table["name"] == name
     assert METHODS.build(table) == method
     assert METHODS.build(name) == METHODS.get(name)()
-    assert eval(repr(method), {type(method).__name__: type(method)}) == method
+    assert eval(repr(method), {type(method).__name__: type(method), "PGD": PGD}) == method
 
 
 @every_method
 def test_docstring_is_a_card_that_names_its_paper(name):
     cls = METHODS.get(name)
     text = " ".join((cls.__doc__ or "").split())
-    assert re.search(r"[A-Z]\w+( et al\.| and [A-Z]\w+)?, [\w ]+ (19|20)\d\d", text), text
+    assert re.search(r"[A-Z]\w+( et al\.| and [A-Z]\w+)?, [\w -]+ (19|20)\d\d", text), text
     assert cls.epochs >= 0
 
 

@@ -11,7 +11,8 @@ from rprune.pruning.allocation import ALLOCATORS, allocate, erk, lamp, lamp_scor
 from rprune.pruning.base import Context
 from rprune.pruning.budget import Budget, apportion, fill
 from rprune.pruning.harp import Harp, HarpPruner, hardware_loss, initial_r, rate
-from rprune.pruning.hydra import ScorePruner, scaled_initial_scores
+from rprune.pruning.hydra import ScorePruner
+from rprune.pruning.initial_scores import scaled_initial_scores
 from rprune.pruning.masks import top_mask
 
 

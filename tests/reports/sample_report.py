@@ -37,9 +37,14 @@ def sha(text: str) -> str:
 
 
 def sample_report(
-    gate: Literal["passed", "failed"] | None = "passed", *, curves: bool = True, history: bool = True, **changes: Any
+    gate: Literal["passed", "failed"] | None = "passed",
+    *,
+    curves: bool = True,
+    history: bool = True,
+    profile: bool = True,
+    **changes: Any,
 ) -> Report:
-    """``changes`` replace fields; the report is sealed after them."""
+    """``profile``: what the prune stage says about layers and weights. ``changes`` replace fields before sealing."""
     report = Report(
         created="2026-03-02T08:15:00Z",
         name="resnet18-cifar10-harp99-int8",
@@ -65,7 +70,7 @@ def sample_report(
         recipe={"rprune": 1, "name": "resnet18-cifar10-harp99-int8"},
         recipe_sha256=sha("recipe"),
         policy_sha256=None,
-        lineage=_lineage(history, _sparsity().kept),
+        lineage=_lineage(history, profile, _sparsity()),
         sparsity=_sparsity(),
         size={"dense_float32_weights": 4 * PARAMETERS, "model.onnx": 44_731_090, "model.int8.onnx": 11_262_401},
         fidelity=[
@@ -226,12 +231,15 @@ def _sparsity() -> Sparsity:
     )
 
 
-def _lineage(history: bool, kept: int) -> list[LineageEntry]:
+def _lineage(history: bool, profile: bool, sparsity: Sparsity) -> list[LineageEntry]:
+    kept = sparsity.kept
     trades = {"name": "trades", "beta": 6.0}
     plan: list[tuple[str, dict[str, Any], float, dict[str, Any], int]] = [
         ("train", {"objective": trades, "epochs": 100}, 10_423.2, {"selected_epoch": 96, **_scores(0.829, 0.512)}, 100),
         ("prune", {"method": {"name": "harp"}, "objective": trades, "sparsity": 0.99, "epochs": 20}, 1_843.5,
-         {"kept": kept, "total": 11_164_352, "search": {"kept_share": 0.01003}, **_scores(0.741, 0.419)}, 20),
+         {"kept": kept, "total": 11_164_352, "selected_epoch": 17, "target_met": True,
+          "search": {"gamma": 0.11, "hardware_loss": 0.0, "kept_share": 0.01003},
+          **_scores(0.741, 0.419), **(_profile(sparsity) if profile else {})}, 20),
         ("finetune", {"objective": trades, "epochs": 100}, 8_110.0,
          {"selected_epoch": 88, **_scores(0.782, 0.461)}, 100),
         ("quantize", {"bits": 8, "calibration": 512}, 41.2, {"kept": kept, **_scores(0.778, 0.455)}, 0),
@@ -249,7 +257,7 @@ def _lineage(history: bool, kept: int) -> list[LineageEntry]:
                 output=output,
                 seconds=seconds,
                 metrics=metrics,
-                history=_history(epochs) if history else [],
+                history=_history(epochs, stage == "prune") if history else [],
             )
         )
     return entries
@@ -259,14 +267,47 @@ def _scores(clean: float, robust: float) -> dict[str, Any]:
     return {"validation": {"validation_accuracy": clean, "validation_robust": robust, "score": robust}}
 
 
-def _history(epochs: int) -> list[dict[str, float]]:
+def _profile(sparsity: Sparsity) -> dict[str, Any]:
+    """Kept weights of each layer beside the fixed allocations, and of each bin of the dense weights."""
+    sizes = {layer.name: int(np.prod(layer.shape)) for layer in sparsity.by_layer}
+    dims = {layer.name: sum(layer.shape) for layer in sparsity.by_layer}
+    share, scale = sparsity.kept / sparsity.total, 0.35 * sparsity.kept / sum(dims.values())
+    edges = np.linspace(-0.61, 0.61, 42)
+    middle = (edges[1:] + edges[:-1]) / 2
+    weights = np.exp(-np.abs(middle) / 0.045)
+    weights = weights / weights.sum() * sparsity.total
+    kept = weights * np.clip(0.004 + np.abs(middle) * 0.3, 0, 1)
+    return {
+        "kept_by_layer": {layer.name: layer.nonzero for layer in sparsity.by_layer},
+        "allocations": {
+            "uniform": {name: round(share * size) for name, size in sizes.items()},
+            "erk": {name: min(sizes[name], round(scale * dim)) for name, dim in dims.items()},
+            "lamp": {name: min(size, round(10 * size**0.5)) for name, size in sizes.items()},
+        },
+        "histogram": {
+            "edges": [round(float(edge), 6) for edge in edges],
+            "kept": [int(count) for count in kept],
+            "pruned": [int(count) for count in weights - kept],
+        },
+    }
+
+
+def _history(epochs: int, searching: bool = False) -> list[dict[str, float]]:
     rows = []
     for epoch in range(1, epochs + 1):
         done = 1 - np.exp(-4 * epoch / epochs)
         wave = 0.012 * np.sin(1.7 * epoch)
         robust = round(float(0.2 + 0.28 * done + wave), 4)
+        search = {
+            "gamma": 0.01 * min(epoch, 11),
+            "hardware_loss": round(max(0.0, 9.0 - 0.9 * epoch), 4),
+            "kept_share": round(max(0.01003, 0.1 - 0.009 * epoch), 5),
+        }
         rows.append(
-            {
+            (search if searching else {})
+            | {
+                "ce": round(float(1.4 - 0.6 * done + wave), 4),
+                "kl": round(float(0.13 - 0.03 * done), 4),
                 "epoch": float(epoch),
                 "loss": round(float(2.2 - 0.8 * done + wave), 4),
                 "train_accuracy": round(float(0.25 + 0.5 * done), 4),

@@ -11,7 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from rprune.reports.html import percent, render_html, size
+from rprune.reports.canvas import DARK, LIGHT
+from rprune.reports.html import render_html
+from rprune.reports.text import percent, size
 
 
 def _load() -> ModuleType:
@@ -24,6 +26,7 @@ def _load() -> ModuleType:
 
 
 sample = _load()
+SHORT = {"curves": False, "history": False, "profile": False}  # for tests that look at no plot
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -96,8 +99,29 @@ def test_ids_are_unique_and_every_reference_has_a_target(page: str) -> None:
 
 def test_no_plot_keeps_a_fixed_colour(page: str) -> None:
     plots = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
-    assert page.count("<svg") == 7  # accuracy, two curves, density, three histories
+    assert page.count("<svg") == 9  # accuracy, two curves, density, three histories, the search, the weights
     assert set(re.findall(r"(?:fill|stroke): (#\w+)", plots)) == set()
+
+
+def test_colours_of_light_and_dark_come_from_one_place(page: str) -> None:
+    light, dark = re.findall(r":root \{(.*?)\}", page, re.S)
+    for block, palette in ((light, LIGHT), (dark, DARK)):
+        for name, colour in palette.items():
+            assert block.count(f"--{name}: {colour};") == 1
+    used = set(re.findall(r"var\(--([\w-]+)\)", page))
+    assert used <= set(re.findall(r"--([\w-]+):", light))
+
+
+def test_every_plot_has_a_text(page: str) -> None:
+    labels = re.findall(r'<div role="img" aria-label="([^"]+)"><svg', page)
+    assert len(labels) == len(set(labels)) == page.count("<svg")
+
+
+def test_what_the_plots_show_is_not_written_out_as_well(page: str) -> None:
+    text = Outline(page).text
+    assert "selected epoch 17" in text
+    for word in ("kept_by_layer", "allocations", "edges"):
+        assert word not in text
 
 
 def test_digests_and_claims_are_all_there(page: str) -> None:
@@ -143,7 +167,7 @@ def test_rendering_leaves_the_plot_settings_alone() -> None:
     import matplotlib
 
     before = {key: value for key, value in matplotlib.rcParams.items() if key != "backend"}
-    render_html(sample.sample_report())
+    render_html(sample.sample_report(**SHORT))
     assert {key: value for key, value in matplotlib.rcParams.items() if key != "backend"} == before
 
 
@@ -156,14 +180,14 @@ def test_rendering_leaves_the_plot_settings_alone() -> None:
     ],
 )
 def test_verdict(gate: str | None, words: str) -> None:
-    text = Outline(render_html(sample.sample_report(gate))).text
+    text = Outline(render_html(sample.sample_report(gate, **SHORT))).text
     assert words in text
     assert sum(part in text for part in ("Gate passed", "Gate failed", "No gate")) == 1
     assert ("✗ fail" in text) == (gate == "failed")
 
 
 def test_absent_parts_are_left_out() -> None:
-    report = sample.sample_report(None, curves=False, history=False, fidelity=[], limitations=[])
+    report = sample.sample_report(None, fidelity=[], limitations=[], **SHORT)
     page = render_html(report)
     text = Outline(page).text
     assert page.count("<svg") == 2
@@ -181,7 +205,7 @@ def test_float_only_bundle_shows_the_float_file() -> None:
     report = sample.sample_report()
     keep = [claim for claim in report.claims if claim.artifact == "onnx"]
     subjects = [subject for subject in report.subjects if subject.role == "onnx"]
-    text = Outline(render_html(sample.sample_report(None, claims=keep, subjects=subjects))).text
+    text = Outline(render_html(sample.sample_report(None, claims=keep, subjects=subjects, **SHORT))).text
     assert "77.8\u00a0%" in text
     assert "File size, float ONNX" in text
 
@@ -189,7 +213,7 @@ def test_float_only_bundle_shows_the_float_file() -> None:
 def test_metric_that_is_not_claimed_is_said_so() -> None:
     from rprune.reports.gate import Policy, judge
 
-    report = sample.sample_report(None, claims=[])
+    report = sample.sample_report(None, claims=[], **SHORT)
     gate = judge(report, Policy.model_validate({"gate": [{"metric": "robust_accuracy", "value": 0.4}]}))
     text = Outline(render_html(report.model_copy(update={"gate": gate}))).text
     assert "Gate failed: 1 of 1 rules is not met" in text
@@ -202,7 +226,9 @@ def test_dead_and_dense_layers_render() -> None:
     layers = [first.model_copy(update={"nonzero": 0, "sparsity": 1.0}), second]
     for chosen in (layers, layers[:1]):
         sparsity = report.sparsity.model_copy(update={"by_layer": chosen})
-        assert "0.0 %" in Outline(render_html(sample.sample_report(sparsity=sparsity))).text.replace("\u00a0", " ")
+        assert "0.0 %" in Outline(render_html(sample.sample_report(sparsity=sparsity, **SHORT))).text.replace(
+            "\u00a0", " "
+        )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -213,7 +239,7 @@ def test_pictures_hold_the_pixels(channels: int) -> None:
     from matplotlib.image import imread
 
     images = sample.sample_images(9, channels)
-    page = render_html(sample.sample_report(), images)
+    page = render_html(sample.sample_report(**SHORT), images)
     found = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert len(found) == 3 * 8
     clean, added, adversarial = (imread(io.BytesIO(base64.b64decode(text)))[..., :3] for text in found[:3])
