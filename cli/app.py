@@ -25,6 +25,7 @@ from rprune.cli.quantize import quantize
 from rprune.cli.report import report
 from rprune.cli.run import run
 from rprune.cli.schema import schema
+from rprune.cli.shrink import shrink
 from rprune.cli.train import train
 from rprune.cli.verify import verify
 from rprune.errors import EXIT_CODES, Interrupted, RpruneError
@@ -72,7 +73,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Pipeline": {
-        "run": run, "train": train, "prune": prune, "finetune": finetune, "quantize": quantize,
+        "run": run, "train": train, "prune": prune, "finetune": finetune, "shrink": shrink, "quantize": quantize,
         "certify": certify, "export": export,
     },
     "Measure": {"evaluate": evaluate},

@@ -147,6 +147,9 @@ def print_artifact(artifact: Artifact, where: str) -> None:
     if "kept" in after:
         total = after.get("total")
         rows.append(["weights kept", f"{total:,}" if total else "", f"{after['kept']:,}"])
+    for name in ("parameters", "macs"):
+        if name in after:
+            rows.append([name, f"{after[name]['before']:,}", f"{after[name]['after']:,}"])
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
 
 

@@ -61,7 +61,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any other option of the stage, as KEY=VALUE; repeatable.")
 ]
 TensorBoard = Annotated[
-    Path | None, typer.Option("--tensorboard", help="Write the figures of every epoch into this folder too.")
+    Path | None, typer.Option("--tensorboard", help="Folder for the figures of every epoch, for TensorBoard.")
 ]
 Limit = Annotated[int | None, typer.Option("-n", "--limit", help="Only the first N test samples.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]

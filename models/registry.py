@@ -29,6 +29,7 @@ BUILTIN: dict[str, tuple[str, dict[str, Any]]] = {
     "wrn-28-2": ("rprune.models.wrn:WideResNet", {"widen": 2}),
     "wrn-28-4": ("rprune.models.wrn:WideResNet", {"widen": 4}),
     "wrn-28-10": ("rprune.models.wrn:WideResNet", {"widen": 10}),
+    "flat": ("rprune.models.flat:flat", {}),
 }
 
 

@@ -62,6 +62,7 @@ class Metadata(BaseModel):
     seed: int
     sparsity: float | None = None
     budget: int | None = None  # kept weights, exactly
+    dense_total: int | None = None  # conv and linear weights before shrinking
     lineage: list[LineageEntry] = []
     environment: dict[str, Any] = {}
 

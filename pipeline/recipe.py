@@ -103,6 +103,12 @@ class FinetuneStage(Trained):
     temperature: Annotated[float, Field(gt=0)] = 4.0
 
 
+class ShrinkStage(Section):
+    """Remove channels that do nothing, so that the network is physically smaller; batch norm is folded."""
+
+    kind: Literal["shrink"] = "shrink"
+
+
 class QuantizeStage(Section):
     kind: Literal["quantize"] = "quantize"
     bits: Literal[8] = 8
@@ -131,11 +137,12 @@ class ExportStage(Section):
     limit: Positive | None = None
 
 
-Stage: TypeAlias = TrainStage | PruneStage | FinetuneStage | QuantizeStage | CertifyStage | ExportStage
+Stage: TypeAlias = TrainStage | PruneStage | FinetuneStage | ShrinkStage | QuantizeStage | CertifyStage | ExportStage
 STAGES: dict[str, type[Section]] = {
     "train": TrainStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
+    "shrink": ShrinkStage,
     "quantize": QuantizeStage,
     "certify": CertifyStage,
     "export": ExportStage,

@@ -22,6 +22,9 @@ from rprune.errors import InputError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
+from rprune.export.compact import compact
+from rprune.models.cost import macs, parameters
+from rprune.models.flat import describe
 from rprune.models.graph import trace
 from rprune.models.prunable import prunable
 from rprune.models.registry import Architecture, build
@@ -37,6 +40,7 @@ from rprune.pipeline.recipe import (
     PruneStage,
     QuantizeStage,
     Section,
+    ShrinkStage,
     Spec,
     Trained,
     TrainStage,
@@ -60,6 +64,7 @@ def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, b
     return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, metrics)
 
 
+AT_THE_END = 1 - 1e-9  # progress at which ramps of eps are over
 DENSE = "dense"  # the teacher that is the model before pruning
 
 
@@ -87,6 +92,8 @@ def run_stage(
         return prune(bench, source, stage, state_file)
     if isinstance(stage, FinetuneStage):
         return finetune(bench, source, stage, state_file, teacher)
+    if isinstance(stage, ShrinkStage):
+        return shrink(bench, source)
     assert isinstance(stage, QuantizeStage)
     return quantize_8bit(bench, source, stage)
 
@@ -187,6 +194,33 @@ def finetune(
     )
     artifact = Artifact(metadata, _state(model), source.masks)
     return _finished(artifact, bench, stage, model, objective, found, started, source)
+
+
+def shrink(bench: Bench, source: Artifact) -> Artifact:
+    """The same function as a smaller network of plain layers. Raises InputError for a quantized or untraceable one."""
+    started = time.monotonic()
+    if source.quantization:
+        raise InputError("the model is quantized already", "shrink before quantize")
+    model, shape = source.model(), source.metadata.arch.input_shape
+    network = compact(model, shape)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    arch = Architecture("flat", source.metadata.arch.num_classes, shape, {"layers": describe(network)})
+    weights = prunable(network)
+    masks = {name: weight != 0 for name, weight in weights.items()} if source.masks else {}
+    dense = source.metadata.dense_total or sum(weight.numel() for weight in prunable(model).values())
+    changes: dict[str, Any] = {"stage": "shrink", "architecture": arch.to_dict(), "dense_total": dense}
+    changes["budget"] = count(masks) if masks else None
+    artifact = Artifact(source.metadata.model_copy(update=changes), state, masks)
+    metrics: dict[str, Any] = {
+        "kept": sum(int(weight.count_nonzero()) for weight in weights.values()),
+        "total": sum(weight.numel() for weight in weights.values()),
+        "macs": {"before": macs(trace(model, shape)), "after": macs(network)},
+        "parameters": {"before": parameters(model), "after": parameters(network)},
+        "validation": _scores(
+            bench, artifact.model(bench.device), _objective(source.metadata.objective, bench).attack_used
+        ),
+    }
+    return _stamped(artifact, "shrink", {"kind": "shrink"}, source, time.monotonic() - started, metrics)
 
 
 def quantize_8bit(bench: Bench, source: Artifact, stage: QuantizeStage) -> Artifact:
@@ -321,7 +355,7 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
 def _first_loss(objective: Objective, net: nn.Module, batch: Batch, bench: Bench) -> torch.Tensor:
     """The objective's first loss at a batch, with noise that depends on the batch alone."""
     noise = Stream(torch.Generator(batch.x.device).manual_seed(derive(bench.seed, "score", int(batch.ids[0]))))
-    return next(iter(objective(net, batch.x, batch.y, 0.0, noise)))().value
+    return next(iter(objective(net, batch.x, batch.y, AT_THE_END, noise)))().value
 
 
 def _scores(bench: Bench, net: nn.Module, attack: Attack | None) -> dict[str, float]:
@@ -406,6 +440,6 @@ def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None
     if isinstance(stage, ExportStage):
         suite(stage.suite)
     if arch is not None and (
-        isinstance(stage, QuantizeStage) or (isinstance(stage, CertifyStage) and "ibp" in stage.methods)
+        isinstance(stage, QuantizeStage | ShrinkStage) or (isinstance(stage, CertifyStage) and "ibp" in stage.methods)
     ):
         trace(build(arch), bench.data.shape)

@@ -42,6 +42,7 @@ class Context:
 
     ``batches()`` goes once over the training data, shuffled by ``seed``, without augmentation; ``loss(net, batch)`` is
     the stage's training objective there. Both serve methods that score before they train (SNIP, MAD).
+    ``input_shape`` (c, h, w) serves those that follow the forward pass (structured pruning).
     """
 
     epochs: int = 0
@@ -106,7 +107,7 @@ class Pruner:
         return True
 
     def masks(self) -> Masks:
-        """Exactly ``budget.kept`` entries are True; empty when nothing is pruned."""
+        """Exactly ``budget.kept`` entries are True where ``exact``, else at most; empty when nothing is pruned."""
         return {}
 
     def finish(self) -> Masks:
@@ -174,11 +175,11 @@ class Scored(Pruner, ABC):
 
     @abstractmethod
     def effective(self) -> dict[str, Tensor]:
-        """Weights in use, as a function of what is learned."""
+        """Weights in use, as a function of what is learned; those alone that depend on it."""
 
     def before_step(self) -> None:
-        gradients = {name: w.grad for name, w in self._held.items() if w.grad is not None}
         effective = self.effective()
+        gradients = {name: g for name in effective if (g := self._held[name].grad) is not None}
         torch.autograd.backward([effective[name] for name in gradients], list(gradients.values()))
 
     def after_step(self) -> None:
@@ -197,6 +198,11 @@ class Scored(Pruner, ABC):
         with torch.no_grad():
             for name, mask in masks.items():
                 self._held[name].copy_(self.weights[name]).masked_fill_(~mask, 0.0)
+
+
+def straight_through(x: Tensor) -> Tensor:
+    """Value 0, derivative 1: added to a mask it makes dL/dx = dL/dmask (Bengio et al., 2013)."""
+    return x - x.detach()
 
 
 class Method(Configured, ABC):

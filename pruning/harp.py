@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,29 +12,18 @@ from torch import Tensor, nn
 
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import allocate
-from rprune.pruning.base import METHODS, Context, Method, Pruner
+from rprune.pruning.base import METHODS, Context, Method, Pruner, straight_through
 from rprune.pruning.budget import Budget, apportion
-from rprune.pruning.hydra import ScorePruner, straight_through
+from rprune.pruning.hydra import ScorePruner
 from rprune.pruning.initial_scores import InitialScores
 from rprune.pruning.masks import Masks, top_mask
 from rprune.pruning.papers import HARP, Settings
+from rprune.pruning.parts import Channels, Resource
+from rprune.pruning.rates import Rated, rate
+from rprune.pruning.structure import ChannelRates, Structure, check_structure
 
-ALPHA = 0.1  # a_min = ALPHA * a_t (HARP, section 3.2; --alpha of its code)
 PAPER_STEPS = 391  # steps an epoch on CIFAR-10 at batch 128, for which the paper's gamma step of 0.01 was chosen
 PAPER_EPOCHS = 20
-
-
-def initial_r(a_init: float, a_t: float) -> float:
-    """r such that rate(r) = a_init (HARP eq. 7), with the sigmoid held in [0.01, 0.99]."""
-    a_min = ALPHA * a_t
-    u = min(max((a_init - a_min) / (1 - a_min), 0.01), 0.99)
-    return math.log(u / (1 - u))
-
-
-def rate(r: Float[Tensor, ...], a_t: float) -> Float[Tensor, ...]:
-    """Kept share a = a_min + (1 - a_min) sigmoid(r) of a layer (HARP's activation g)."""
-    a_min = ALPHA * a_t
-    return a_min + (1 - a_min) * torch.sigmoid(r)
 
 
 def hardware_loss(a: Float[Tensor, " l"], sizes: Float[Tensor, " l"], a_t: float) -> Float[Tensor, ""]:
@@ -44,7 +31,7 @@ def hardware_loss(a: Float[Tensor, " l"], sizes: Float[Tensor, " l"], a_t: float
     return ((sizes * a).sum() / (a_t * sizes.sum()) - 1).clamp_min(0)
 
 
-class HarpPruner(ScorePruner):
+class HarpPruner(Rated, ScorePruner):
     """Scores s as in HYDRA, and one r a layer that sets its kept share a."""
 
     def __init__(
@@ -57,28 +44,17 @@ class HarpPruner(ScorePruner):
         seed: int = 0,
     ) -> None:
         self.budget = budget
-        self.gamma_step = gamma_step
-        self.gamma = gamma_step
-        self.frozen = False  # gamma stays from the first epoch that meets the target on
         device = next(model.parameters()).device
-        start = [initial_r(a_init[name], budget.density) for name in budget.sizes]
-        self.r = torch.tensor(start, dtype=torch.float32, device=device, requires_grad=True)
         self._sizes = torch.tensor(list(budget.sizes.values()), dtype=torch.float32, device=device)
         self._dense = torch.tensor([name in budget.dense for name in budget.sizes], device=device)
-        super().__init__(model, {}, initial, seed)
-
-    def parameters(self) -> Iterable[Tensor]:
-        return [*super().parameters(), self.r]
+        start = [a_init[name] for name in budget.sizes]
+        super().__init__(model, start, budget.density, gamma_step, {}, initial, seed)
 
     def rates(self) -> Tensor:
-        rates = rate(self.r, self.budget.density)
-        return torch.where(self._dense, 1.0, rates)
+        return torch.where(self._dense, 1.0, super().rates())
 
     def hardware_loss(self) -> Tensor:
         return hardware_loss(self.rates(), self._sizes, self.budget.density)
-
-    def penalty(self) -> Tensor | None:
-        return self.gamma * self.hardware_loss()
 
     def counts(self) -> dict[str, int]:
         # a diverged run has NaN here; the loop reports it once the epoch is over
@@ -96,16 +72,6 @@ class HarpPruner(ScorePruner):
             for index, (name, w) in enumerate(self.weights.items())
         }
 
-    def before_epoch(self, epoch: int) -> None:
-        if not self.frozen:
-            self.gamma = self.gamma_step * (epoch + 1)
-
-    def after_epoch(self, epoch: int) -> None:  # noqa: ARG002
-        self.frozen = self.frozen or self.within_budget()
-
-    def within_budget(self) -> bool:
-        return round(float(self.hardware_loss().detach()), 4) == 0
-
     def masks(self) -> Masks:
         """The learned rates snapped to the exact budget by largest remainder."""
         counts = apportion(
@@ -115,21 +81,7 @@ class HarpPruner(ScorePruner):
         return {name: top_mask(score.abs(), counts[name]) for name, score in self.scores.items()}
 
     def log(self) -> dict[str, float]:
-        searched = sum(self.counts().values())
-        return {
-            "gamma": self.gamma,
-            "hardware_loss": float(self.hardware_loss().detach()),
-            "kept_share": searched / self.budget.total,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"r": self.r.detach(), "gamma": self.gamma, "frozen": self.frozen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self.r.copy_(state["r"])
-        self.gamma, self.frozen = state["gamma"], state["frozen"]
-        super().load_state_dict(state)
+        return super().log() | {"kept_share": sum(self.counts().values()) / self.budget.total}
 
 
 @METHODS.register("harp")
@@ -138,26 +90,40 @@ class Harp(Method):
     """Learn a kept share for every layer together with the scores (Zhao and Wressnegger, ICLR 2023, eq. 2 to 7).
 
     L = L_robust + gamma L_hw. gamma grows by ``gamma_step`` an epoch until the target is first met, then rests. Paper:
-    SGD lr 0.1, 20 epochs, ``initial_density`` 0.1 in every layer, gamma_step 0.01. None scales that step so that the
-    penalty summed over all optimizer steps is what it is on CIFAR-10 (391 steps an epoch, 20 epochs): short runs would
-    miss the target otherwise. The rates found are snapped to the exact budget, which the authors' code leaves open.
-    Costs a training step plus one selection a step.
+    SGD lr 0.1, 20 epochs, ``initial_density`` 0.1 in every layer (None here), gamma_step 0.01. None scales that step so
+    that the penalty summed over all optimizer steps is what it is on CIFAR-10 (391 steps an epoch, 20 epochs): short
+    runs would miss the target otherwise. The rates found are snapped to the exact budget, which the authors' code
+    leaves open. ``structure`` filter or channel learns a score a channel and a rate for each group of tied channels,
+    and ``resource`` says what sparsity is a share of (eq. 8 for FLOPs); there rates start at 1 and gamma_step is 0.02,
+    as in the paper. Costs a training step plus one selection a step.
     """
 
     paper: ClassVar[str] = "Zhao and Wressnegger, ICLR 2023"
     learns: ClassVar[str] = "scores, rates, batch norm"
     cost: ClassVar[str] = "a training step + 1 selection"
     paper_settings: ClassVar[Settings] = HARP
+    structures: ClassVar[tuple[str, ...]] = ("weight", "filter", "channel")
     pruner: ClassVar[type[HarpPruner]] = HarpPruner
+    channel_pruner: ClassVar[type[ChannelRates]] = ChannelRates
 
     gamma_step: Annotated[float, Field(gt=0)] | None = None
-    initial_density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    initial_density: Annotated[float, Field(gt=0, le=1)] | None = None
     allocation: str = "uniform"
     initial_scores: InitialScores = "scaled"
+    structure: Structure = "weight"
+    resource: Resource = "weights"
+
+    def __post_init__(self) -> None:
+        check_structure(self.structure, self.resource, self.allocation)
 
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
+        if self.structure != "weight":
+            channels = Channels(model, budget, context, self.resource, self.structure)
+            gamma_step = self.gamma_step or 2 * scaled_gamma_step(context)
+            density = self.initial_density or 1.0
+            return self.channel_pruner(model, channels, density, gamma_step, self.initial_scores, context.seed)
         weights = prunable(model)
-        kept = max(budget.kept, round(self.initial_density * budget.total))
+        kept = max(budget.kept, round((self.initial_density or 0.1) * budget.total))
         start = Budget(budget.sizes, kept, budget.floor, budget.dense)
         counts = allocate(self.allocation, weights, start)
         a_init = {name: counts[name] / size for name, size in budget.sizes.items()}

@@ -12,10 +12,14 @@ from rprune.pruning.base import METHODS
 from rprune.pruning.harp import Harp, HarpPruner
 from rprune.pruning.hydra import Hydra
 from rprune.pruning.papers import HARP, Settings
+from rprune.pruning.rates import Rated
+from rprune.pruning.structure import ChannelRates
 
 
-class RatePruner(HarpPruner):
-    """HARP whose scores rest."""
+class Resting(Rated):
+    """Scores that rest: the rates alone are learned."""
+
+    scores: dict[str, Tensor]
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -24,6 +28,14 @@ class RatePruner(HarpPruner):
 
     def parameters(self) -> Iterable[Tensor]:
         return [*self._norms, self.r]
+
+
+class RatePruner(Resting, HarpPruner):
+    """HARP whose scores rest."""
+
+
+class ChannelRatePruner(Resting, ChannelRates):
+    """The same on channels."""
 
 
 @METHODS.register("harp-r")
@@ -37,6 +49,7 @@ class HarpR(Harp):
 
     learns: ClassVar[str] = "rates, batch norm"
     pruner: ClassVar[type[HarpPruner]] = RatePruner
+    channel_pruner: ClassVar[type[ChannelRates]] = ChannelRatePruner
 
 
 @METHODS.register("harp-s")

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import allocate
-from rprune.pruning.base import METHODS, Context, Method, Pruner, Scored
+from rprune.pruning.base import METHODS, Context, Method, Pruner, Scored, straight_through
 from rprune.pruning.budget import Budget
 from rprune.pruning.initial_scores import InitialScores, initial_scores
 from rprune.pruning.masks import Masks, top_mask
 from rprune.pruning.papers import HYDRA, Settings
+from rprune.pruning.parts import Channels, Resource
+from rprune.pruning.structure import ChannelScores, Structure, check_structure
 
 
 class ScorePruner(Scored):
@@ -57,11 +59,6 @@ class ScorePruner(Scored):
         self.write(self.current_masks())
 
 
-def straight_through(x: Tensor) -> Tensor:
-    """Value 0, derivative 1: added to a mask it makes dL/dx = dL/dmask (Bengio et al., 2013)."""
-    return x - x.detach()
-
-
 @METHODS.register("hydra")
 @dataclass(frozen=True, kw_only=True)
 class Hydra(Method):
@@ -71,17 +68,28 @@ class Hydra(Method):
     straight-through top-k mask: dL/ds = dL/dw_eff * w * sign(s) for every entry. Weights and biases rest, batch-norm
     affine parameters train. Paper: SGD lr 0.1, 20 epochs, the same kept share in each layer. ``allocation``: erk and
     lamp are the non-uniform variants that HARP compares with. ``initial_scores``: the paper's ablation of its scaled
-    initialisation. Costs a training step plus one selection a step.
+    initialisation. ``structure`` filter or channel learns one score a channel and removes whole ones (the paper's Table
+    13 has filters, its code has none); ``resource`` says what sparsity is a share of then. Costs a training step plus
+    one selection a step.
     """
 
     paper: ClassVar[str] = "Sehwag et al., NeurIPS 2020"
     learns: ClassVar[str] = "scores, batch norm"
     cost: ClassVar[str] = "a training step + 1 selection"
     paper_settings: ClassVar[Settings] = HYDRA
+    structures: ClassVar[tuple[str, ...]] = ("weight", "filter", "channel")
 
     allocation: str = "uniform"
     initial_scores: InitialScores = "scaled"
+    structure: Structure = "weight"
+    resource: Resource = "weights"
+
+    def __post_init__(self) -> None:
+        check_structure(self.structure, self.resource, self.allocation)
 
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
+        if self.structure != "weight":
+            channels = Channels(model, budget, context, self.resource, self.structure)
+            return ChannelScores(model, channels, self.allocation, self.initial_scores, context.seed)
         counts = allocate(self.allocation, prunable(model), budget)
         return ScorePruner(model, counts, self.initial_scores, context.seed)

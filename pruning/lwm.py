@@ -14,6 +14,8 @@ from rprune.pruning.base import METHODS, Context, Fixed, Method, Pruner
 from rprune.pruning.budget import Budget, apportion
 from rprune.pruning.masks import Masks, top_mask
 from rprune.pruning.papers import HYDRA, Settings
+from rprune.pruning.parts import Channels, Resource
+from rprune.pruning.structure import Structure, check_structure, largest_channels
 
 
 def largest(weights: dict[str, Tensor], counts: dict[str, int]) -> Masks:
@@ -26,18 +28,28 @@ def largest(weights: dict[str, Tensor], counts: dict[str, int]) -> Masks:
 class LWM(Method):
     """Keep the weights of largest magnitude, in one shot (Han et al., NeurIPS 2015, section 3).
 
-    The baseline of HYDRA and HARP. ``allocation``: uniform, as those papers' baseline. Learns nothing; costs one
-    selection.
+    The baseline of HYDRA and HARP. ``allocation``: uniform, as those papers' baseline. ``structure`` filter or channel
+    keeps the channels of the largest mean magnitude instead (HYDRA's Table 13 for filters); ``resource`` says what
+    sparsity is a share of then. Learns nothing; costs one selection.
     """
 
     epochs: ClassVar[int] = 0
     paper: ClassVar[str] = "Han et al., NeurIPS 2015"
     cost: ClassVar[str] = "1 selection"
     paper_settings: ClassVar[Settings] = HYDRA
+    structures: ClassVar[tuple[str, ...]] = ("weight", "filter", "channel")
 
     allocation: str = "uniform"
+    structure: Structure = "weight"
+    resource: Resource = "weights"
 
-    def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:  # noqa: ARG002
+    def __post_init__(self) -> None:
+        check_structure(self.structure, self.resource, self.allocation)
+
+    def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
+        if self.structure != "weight":
+            channels = Channels(model, budget, context, self.resource, self.structure)
+            return largest_channels(model, channels, self.allocation)
         weights = prunable(model)
         return Fixed(model, largest(weights, allocate(self.allocation, weights, budget)))
 

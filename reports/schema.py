@@ -107,7 +107,8 @@ class Sparsity(Part):
     budget: int | None = None  # weights that may stay
     kept: int  # non-zero weights counted in the file
     total: int
-    overall: float
+    dense_total: int | None = None  # weights before physical shrinking; None: nothing was shrunk
+    overall: float  # of dense_total, where there is one
     measured_on: Role
     float_nonzero: int  # the same count in model.onnx
     int8_zeros_equal_float_zeros: bool | None = None  # weight by weight, not only in number

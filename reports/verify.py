@@ -155,12 +155,15 @@ def _sparsity(report: Report, roles: dict[Any, Path]) -> tuple[bool, str]:
     right = {name: (array.shape, int(np.count_nonzero(array))) for name, array in weights.items()} == layers
     kept = sum(int(np.count_nonzero(array)) for array in weights.values())
     total = sum(array.size for array in weights.values())
-    right = right and (stated.kept, stated.total) == (kept, total) and _close(stated.overall, 1 - kept / total)
+    whole = total if stated.dense_total is None else stated.dense_total
+    right = right and (stated.kept, stated.total) == (kept, total) and total <= whole
+    right = right and _close(stated.overall, 1 - kept / whole)
     right = right and all(_close(e.sparsity, 1 - e.nonzero / math.prod(e.shape)) for e in stated.by_layer)
     floats = sum(int(np.count_nonzero(array)) for array in stored_weights(roles["onnx"]).values())
     right = right and stated.float_nonzero == floats and stated.budget in (None, kept)
     right = right and (stated.target is None or stated.overall >= stated.target - 1e-12)
-    return right, f"{kept} of {total} weights counted in {path.name}, budget {stated.budget}"
+    before = "" if whole == total else f" ({whole} before shrinking, says the report)"
+    return right, f"{kept} of {total} weights counted in {path.name}{before}, budget {stated.budget}"
 
 
 def _zeros(report: Report, roles: dict[Any, Path]) -> tuple[bool, str]:

@@ -10,10 +10,11 @@ from rprune.models.prunable import prunable
 from rprune.pruning.allocation import ALLOCATORS, allocate, erk, lamp, lamp_scores, uniform
 from rprune.pruning.base import Context
 from rprune.pruning.budget import Budget, apportion, fill
-from rprune.pruning.harp import Harp, HarpPruner, hardware_loss, initial_r, rate
+from rprune.pruning.harp import Harp, HarpPruner, hardware_loss
 from rprune.pruning.hydra import ScorePruner
 from rprune.pruning.initial_scores import scaled_initial_scores
 from rprune.pruning.masks import top_mask
+from rprune.pruning.rates import initial_r, rate
 
 
 def f64(values):
