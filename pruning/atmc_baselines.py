@@ -1,4 +1,9 @@
-"""The two baselines of ATMC that prune in one shot."""
+"""The two baselines of ATMC that prune in one shot.
+
+Its third, ALR, keeps the largest singular values of all layers. That has no place among methods with an exact number
+of kept weights: the product of two thin factors is dense, and rank one of every layer alone costs more than a budget of
+1 % of a small net. A-l0 and ATMC have files of their own.
+"""
 
 from __future__ import annotations
 

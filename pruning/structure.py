@@ -133,8 +133,8 @@ class ChannelRates(Rated, ChannelScores):
     L_hw is max(spent(a) / target - 1, 0), where a layer costs by the rates of both groups it lies between. HARP's code
     asks for the cost of a net with a_t of all channels in its place, which is about a_t squared of the whole; counts
     the neighbour in module order as the next layer, which on a ResNet is a shortcut; and lets shortcuts follow another
-    layer's rate. Here sparsity is what is removed, and layers that share channels share a rate. Rates that have fallen
-    below the target, as momentum makes them in short runs, keep what fits in their proportions.
+    layer's rate. Here sparsity is what is removed, and layers that share channels share a rate. Once the rates meet the
+    target, the search keeps what the end will: the most that fits in their proportions, rounding included.
     """
 
     def __init__(
@@ -155,13 +155,13 @@ class ChannelRates(Rated, ChannelScores):
         return (spent / self.channels.limit - 1).clamp_min(0).to(self.r.dtype)
 
     def kept(self) -> Kept:
+        if self.within_budget():
+            return self.final()
         shares = self.rates().detach().double().nan_to_num(0.0).tolist()  # NaN in a run that has diverged
-        least = self.channels.least
-        asked = {
-            name: max(size - int((1 - a) * size), least[name])
+        return {
+            name: max(size - int((1 - a) * size), self.channels.least[name])
             for (name, size), a in zip(self.channels.sizes.items(), shares, strict=True)
         }
-        return asked if self.channels.cost(asked) > self.channels.limit else self.final()
 
     def final(self) -> Kept:
         """The most that fits with shares in proportion to the learned rates."""
