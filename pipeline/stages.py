@@ -144,7 +144,7 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
     if pruner.exact and kept != budget.kept:
         raise WorkError(f"{METHODS.name_of(method)} kept {kept} weights, the budget is {budget.kept}", "report this")
     metadata = _metadata("prune", source.metadata.arch, bench, objective).model_copy(
-        update={"sparsity": stage.sparsity, "budget": kept}
+        update={"sparsity": stage.sparsity, "budget": kept, "dense_total": source.metadata.dense_total}
     )
     artifact = Artifact(metadata, _state(model), {name: mask.cpu() for name, mask in masks.items()})
     resolved = stage.model_copy(update={"method": METHODS.describe(method), "epochs": epochs})
@@ -189,9 +189,8 @@ def finetune(
         network = teacher.model(bench.device).requires_grad_(False)
         taught = Distilled(inner=objective, teacher=network, weight=stage.teacher_weight, temperature=stage.temperature)
     found = _fit(bench, "finetune", model, Fixed(model, masks), taught, stage, stage.epochs, state_file)
-    metadata = _metadata("finetune", source.metadata.arch, bench, objective).model_copy(
-        update={"sparsity": source.metadata.sparsity, "budget": source.metadata.budget}
-    )
+    kept = {key: getattr(source.metadata, key) for key in ("sparsity", "budget", "dense_total")}
+    metadata = _metadata("finetune", source.metadata.arch, bench, objective).model_copy(update=kept)
     artifact = Artifact(metadata, _state(model), source.masks)
     return _finished(artifact, bench, stage, model, objective, found, started, source)
 

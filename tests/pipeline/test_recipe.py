@@ -54,7 +54,9 @@ def test_defaults_are_those_of_the_papers(read):
     assert isinstance(train, TrainStage)
     assert (train.epochs, train.lr, train.batch_size, train.momentum, train.weight_decay) == (100, 0.1, 128, 0.9, 5e-4)
     assert isinstance(prune, PruneStage)
-    assert (prune.method, prune.objective, prune.epochs, prune.lr) == ("harp", None, None, 0.1)
+    assert (prune.method, prune.objective, prune.epochs, prune.lr) == ("harp", None, None, None)
+    harp = METHODS.get("harp")
+    assert (harp.epochs, harp.lr) == (20, 0.1)
     assert (FinetuneStage().epochs, FinetuneStage().lr) == (100, 0.01)
 
 
