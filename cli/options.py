@@ -39,6 +39,9 @@ Objective = Annotated[
 Preset = Annotated[
     str | None, typer.Option("--preset", help="paper or rprune: settings that the options do not say; METHOD:paper.")
 ]
+InitialScores = Annotated[
+    str | None, typer.Option("--initial-scores", help="scaled, xavier-normal, kaiming-uniform, orthogonal, dirac, ...")
+]
 Include = Annotated[
     list[str] | None, typer.Option("--include", help="Prune only layers whose name fits this glob; repeatable.")
 ]
@@ -92,6 +95,11 @@ def with_preset(table: dict[str, Any], kind: str, name: str | None, method: str 
 
     found = {} if name is None else preset(name, method)
     return stage_table(table, found.get(kind, {})), found.get("threat", {})
+
+
+def with_option(name: str, key: str, value: Any) -> Any:
+    """A method by name, as a table where an option of it was given."""
+    return name if value is None else {"name": name, key: value}
 
 
 def typed(table: dict[str, Any]) -> frozenset[str]:

@@ -20,6 +20,7 @@ def prune(
     data: o.Data = None,
     arch: o.Arch = None,
     objective: o.Objective = None,
+    initial_scores: o.InitialScores = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     epochs: o.Epochs = None,
@@ -48,7 +49,8 @@ def prune(
     from rprune.pipeline.single import open_model
 
     table = o.given(
-        method=method, sparsity=sparsity, objective=objective, epochs=epochs, lr=lr, batch_size=batch_size,
+        method=o.with_option(method, "initial_scores", initial_scores), sparsity=sparsity, objective=objective,
+        epochs=epochs, lr=lr, batch_size=batch_size,
         include=include, exclude=exclude,
     )  # fmt: skip
     table, threat = o.with_preset(table, "prune", preset, method)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rprune.pipeline.recipe import Section
 
 
+ALWAYS = ("kind", "method", "objective", "epochs", "lr", "batch_size")  # shown even where they are the defaults
+
+
 def work(
     bench: Bench,
     stage: Section,
@@ -43,7 +46,9 @@ def work(
         "output": str(output),
     }
     if not reporter.quiet and not as_json:
-        note("Plan   " + "  ".join(f"{key} {_short(value)}" for key, value in plan.items() if value is not None))
+        usual = {key: field.default for key, field in type(stage).model_fields.items() if key not in ALWAYS}
+        said = {key: value for key, value in plan.items() if value not in (None, []) and value != usual.get(key)}
+        note("Plan   " + "  ".join(f"{key} {_short(value)}" for key, value in said.items()))
     if dry_run:
         if as_json:
             print_json({"plan": plan})

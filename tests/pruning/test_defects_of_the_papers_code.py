@@ -9,7 +9,7 @@ from rprune.errors import InputError
 from rprune.models.prunable import prunable
 from rprune.objectives.benign import Benign
 from rprune.pruning.allocation import allocate
-from rprune.pruning.base import METHODS, Context
+from rprune.pruning.base import METHODS, Context, Fixed
 from rprune.pruning.budget import Budget
 from rprune.training.loop import Settings, fit
 
@@ -128,3 +128,25 @@ def test_final_masks_are_of_the_learned_rates(tiny):
     assert shares["conv1.weight"] > shares["shortcut.weight"] > shares["conv2.weight"]
     for name, weight in prunable(model).items():
         assert int(weight.count_nonzero()) == counts[name]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_momentum_revives_nothing(tiny, optimizer):
+    """Robust-ADMM's code zeroes gradients alone: a buffer that is carried over moves masked weights again."""
+    model = tiny.net()
+    pruner = Fixed(model, {n: w > 0 for n, w in prunable(model).items()})
+    steps = []
+
+    class Carried(Benign):
+        def __call__(self, net, x, y, progress, noise):
+            for state in pruner.optimizer.state.values():
+                for value in state.values():
+                    if value.dim():
+                        value.fill_(1.0)
+            steps.append(1)
+            yield from super().__call__(net, x, y, progress, noise)
+
+    fit(model, pruner, Carried(), tiny.data(), Settings(epochs=2, batch_size=16, lr=0.05, optimizer=optimizer))
+    assert len(steps) == 6
+    for name, mask in pruner.masks().items():
+        assert not prunable(model)[name].detach()[~mask].any()
