@@ -111,3 +111,21 @@ def test_globs_name_what_stays_dense():
     with pytest.raises(UsageError, match="unknown layer 'fx'") as caught:
         dense_layers(names, [], ["fx"])
     assert "fc.weight" in caught.value.hint
+
+
+def test_shape_totals(vectors_others, shapes):
+    for key, arch in (("resnet18_cifar", "resnet18_cifar"), ("vgg16_fc256_cifar", "vgg16_bn")):
+        v = vectors_others["shape_totals"][key]
+        assert len(shapes[arch]) == v["layers"]
+        assert sum(math.prod(shape) for shape in shapes[arch]) == v["prunable"]
+
+
+def test_erk_vs_harp_vgg16(vectors_others, shapes):
+    """Our ERK is as near to the vector's as that is to the list which HARP publishes for VGG16 at 10 %."""
+    weights = {str(name): weight for name, weight in empty(dict(enumerate(shapes["vgg16_bn"]))).items()}
+    sizes = sizes_of(weights)
+    counts = erk(weights, Budget.of(sizes, 0.9))
+    ours = [counts[name] / sizes[name] for name in sizes]
+    theirs = list(vectors_others["erk_vgg16_0.1"]["density"].values())
+    limit = vectors_others["erk_vs_harp_vgg16_maxabsdiff"] + max(1 / n for n in sizes.values())
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= limit
