@@ -124,13 +124,14 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
             "it is pruned already; ask for a higher sparsity, or start from the dense model",
         )
     epochs = method.epochs if stage.epochs is None else stage.epochs
-    stage = stage.model_copy(update={"lr": method.lr if stage.lr is None else stage.lr})
+    lr = method.lr if stage.lr is None else stage.lr
+    stage = stage.model_copy(update={"lr": lr})
     train_data = bench.training(stage.data_fraction)
     context = Context(
         epochs=epochs,
         steps_per_epoch=math.ceil(len(train_data) / stage.batch_size),
         seed=bench.seed,
-        lr=float(stage.lr or 0.0),
+        lr=lr,
         threat=bench.threat,
         input_shape=bench.data.shape,
         batches=lambda: train_data.shuffled(stage.batch_size, _generator(bench.seed, "score"), "none"),

@@ -74,15 +74,10 @@ class AdmmPruner(Pruner):
         return masks
 
     def log(self) -> dict[str, float]:
-        outside = sum(
-            (w.detach().masked_fill(mask, 0.0).square().sum() for w, mask in self._with_masks()), torch.zeros(())
-        )
-        whole = sum((w.detach().square().sum() for w in self.weights.values()), torch.zeros(()))
-        return {"rho": self.rho, "energy_outside": float(outside / whole)}
-
-    def _with_masks(self) -> list[tuple[Tensor, Tensor]]:
-        masks = self.masks()
-        return [(weight, masks[name]) for name, weight in self.weights.items()]
+        squares = {name: weight.detach().square() for name, weight in self.weights.items()}
+        whole = sum(float(values.sum()) for values in squares.values())
+        outside = sum(float(squares[name].masked_fill(mask, 0.0).sum()) for name, mask in self.masks().items())
+        return {"rho": self.rho, "energy_outside": outside / whole}
 
     def state_dict(self) -> dict[str, Any]:
         return {"sparse": self.sparse, "dual": self.dual, "rho": self.rho, "epoch": self.epoch}

@@ -200,6 +200,17 @@ class Scored(Pruner, ABC):
                 self._held[name].copy_(self.weights[name]).masked_fill_(~mask, 0.0)
 
 
+class Moving(Fixed):
+    """A mask that changes in training, or that a second look at the data may not find again: part of the state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": dict(self._masks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._masks = {name: mask.to(self._weights[name].device) for name, mask in state["masks"].items()}
+        self.refresh()
+
+
 def straight_through(x: Tensor) -> Tensor:
     """Value 0, derivative 1: added to a mask it makes dL/dx = dL/dmask (Bengio et al., 2013)."""
     return x - x.detach()

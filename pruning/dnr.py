@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rprune.errors import UsageError
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import allocate
-from rprune.pruning.base import METHODS, Context, Fixed, Method, Pruner
+from rprune.pruning.base import METHODS, Context, Method, Moving, Pruner
 from rprune.pruning.budget import Budget
 from rprune.pruning.masks import Masks, random_masks, top_mask
 from rprune.pruning.papers import EPS, Settings
@@ -48,7 +48,7 @@ def share_out(total: int, shares: Mapping[str, float], room: Mapping[str, int]) 
     return {name: counts[name] for name in room}
 
 
-class RegrowPruner(Fixed):
+class RegrowPruner(Moving):
     """A mask that drops small weights and regrows where the momentum is large, between epochs."""
 
     def __init__(self, model: nn.Module, masks: Masks, budget: Budget, epochs: int, rate: float, rho: float) -> None:
@@ -98,13 +98,6 @@ class RegrowPruner(Fixed):
         state: Mapping[str, Any] = self.optimizer.state.get(weight, {})
         found = state.get("momentum_buffer", state.get("exp_avg"))  # of SGD, of Adam
         return torch.zeros_like(weight) if found is None else found
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self._masks)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._masks = {name: mask.to(self._weights[name].device) for name, mask in state["masks"].items()}
-        self.refresh()
 
 
 @METHODS.register("dnr")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import allocate
-from rprune.pruning.base import METHODS, Context, Fixed, Method, Pruner
+from rprune.pruning.base import METHODS, Context, Fixed, Method, Moving, Pruner
 from rprune.pruning.budget import Budget, apportion
 from rprune.pruning.masks import Masks, top_mask
 from rprune.pruning.papers import HYDRA, Settings
@@ -54,7 +54,7 @@ class LWM(Method):
         return Fixed(model, largest(weights, allocate(self.allocation, weights, budget)))
 
 
-class Gradual(Fixed):
+class Gradual(Moving):
     """A mask that loses the same share of its weights at every step, and keeps to it in between."""
 
     def __init__(self, model: nn.Module, budget: Budget, allocation: str, steps: int, epochs: int) -> None:
@@ -83,12 +83,11 @@ class Gradual(Fixed):
         return {"kept_share": sum(self.counts.values()) / self.budget.total}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self._masks), "counts": dict(self.counts), "step": self.step}
+        return super().state_dict() | {"counts": dict(self.counts), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.counts = state["step"], dict(state["counts"])
-        self._masks = {name: mask.to(self._weights[name].device) for name, mask in state["masks"].items()}
-        self.refresh()
+        super().load_state_dict(state)
 
     def _due(self, epoch: int) -> int:
         return 1 + epoch * self.steps // max(1, self.epochs)

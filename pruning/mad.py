@@ -20,12 +20,11 @@ from rprune.attacks.pgd import PGD
 from rprune.errors import UsageError
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import global_top, uniform
-from rprune.pruning.base import METHODS, Context, Method, Pruner
+from rprune.pruning.base import METHODS, Context, Method, Moving, Pruner
 from rprune.pruning.budget import Budget
 from rprune.pruning.curvature import damage, recorded
 from rprune.pruning.masks import Masks, top_mask
 from rprune.pruning.papers import Settings
-from rprune.pruning.snip import Found
 from rprune.seeds import derive
 
 LOWEST, HIGHEST = math.log(math.expm1(1e-4)), math.log(math.expm1(1.0))  # softplus is 1e-4 and 1 there
@@ -148,4 +147,4 @@ class MAD(Method):
             point = self.attack.training_point(model, batch.x, context.threat, goal, Stream(generator))
             for name, found in batch_damage(model, point, batch.y, self.mask_steps, self.mask_lr).items():
                 total[name] += found
-        return Found(model, choose(total, weights, budget))
+        return Moving(model, choose(total, weights, budget))

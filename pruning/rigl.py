@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import allocate
-from rprune.pruning.base import METHODS, Context, Fixed, Method, Pruner
+from rprune.pruning.base import METHODS, Context, Method, Moving, Pruner
 from rprune.pruning.budget import Budget
 from rprune.pruning.masks import Masks, enliven, random_masks, top_mask
 from rprune.pruning.papers import Settings
@@ -60,7 +60,7 @@ def rewire(weight: Tensor, mask: Tensor, growth: Tensor, kept: int, share: float
     return held | top_mask(torch.where(held, -1.0, growth.abs()), moving)
 
 
-class Rewiring(Fixed):
+class Rewiring(Moving):
     """A mask of fixed layer counts whose weakest members make way for promising ones."""
 
     def __init__(
@@ -116,13 +116,11 @@ class Rewiring(Fixed):
         return self._masks
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self._masks), "step": self.step}
+        return super().state_dict() | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        for name, mask in state["masks"].items():
-            self._masks[name] = mask.to(self._masks[name].device)
-        self.refresh()
+        super().load_state_dict(state)
 
 
 @METHODS.register("rigl")

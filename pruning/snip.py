@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,24 +16,12 @@ from rprune.data.loaders import Batch
 from rprune.errors import UsageError
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import global_top
-from rprune.pruning.base import METHODS, Context, Fixed, Method, Pruner
+from rprune.pruning.base import METHODS, Context, Method, Moving, Pruner
 from rprune.pruning.budget import Budget
 from rprune.pruning.masks import top_mask
 from rprune.pruning.papers import Settings
 from rprune.pruning.reinitialize import reinitialize
 from rprune.seeds import derive
-
-
-class Found(Fixed):
-    """A mask that was found on data. Looking again may find another on a GPU, so a resumed stage reads it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self._masks)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, mask in state["masks"].items():
-            self._masks[name].copy_(mask)
-        self.refresh()
 
 
 def sensitivity(
@@ -91,4 +79,4 @@ class SNIP(Method):
         if self.reinitialize:
             reinitialize(model, context.seed)
         counts = global_top(scores, budget)
-        return Found(model, {name: top_mask(score, counts[name]) for name, score in scores.items()})
+        return Moving(model, {name: top_mask(score, counts[name]) for name, score in scores.items()})

@@ -113,6 +113,10 @@ def fit(
             order = torch.Generator().manual_seed(derive(seed, "batches", epoch))
             noise = Stream(torch.Generator(device).manual_seed(derive(seed, "attack", epoch)))
             pruner.before_epoch(epoch)
+            radius = max(
+                settings.awp if epoch >= settings.awp_from else 0.0,
+                pruner.radius if epoch >= pruner.radius_from else 0.0,
+            )
             model.train()
             meter = _Meter(device)
             for step, batch in enumerate(data.shuffled(settings.batch_size, order, augment)):
@@ -122,10 +126,6 @@ def fit(
                 progress = (epoch + done) / settings.epochs
                 for compute in objective(model, batch.x, batch.y, progress, noise):
                     total, loss = _gradients(model, pruner, optimizer, compute)
-                    radius = max(
-                        settings.awp if epoch >= settings.awp_from else 0.0,
-                        pruner.radius if epoch >= pruner.radius_from else 0.0,
-                    )
                     if radius:
                         with perturbed(pruner, trained, radius):
                             _gradients(model, pruner, optimizer, compute)
