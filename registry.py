@@ -98,7 +98,7 @@ class Registry(Generic[T]):
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             # a table inside changes its default: TRADES with attack = { steps = 20 } keeps TRADES's own start
             value = table.get(field.name)
-            if isinstance(value, Mapping) and dataclasses.is_dataclass(field.default):
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(field.default) and "name" not in value:
                 table[field.name] = dataclasses.asdict(field.default) | dict(value)  # type: ignore[arg-type]
         values = table | {key: value for key, value in given.items() if key in fields}
         try:
@@ -113,7 +113,9 @@ class Registry(Generic[T]):
         table: dict[str, Any] = {"name": self.name_of(value)}
         for field in dataclasses.fields(value):  # type: ignore[arg-type]
             if field.name != "threat":
-                item = getattr(value, field.name)
+                item: Any = getattr(value, field.name)
+                if field.type == self._base().__name__:  # any of the registry, so it needs its name
+                    item = self.describe(item)
                 table[field.name] = dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item  # type: ignore[arg-type]
         return table
 

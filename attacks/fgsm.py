@@ -17,7 +17,7 @@ from rprune.threat import ThreatModel
 class FGSM(Attack):
     """One step of size eps from x itself (Goodfellow et al., ICLR 2015, section 4)."""
 
-    def queries(self) -> int:
+    def queries(self, classes: int = 10) -> int:  # noqa: ARG002
         return 2
 
     def perturb(self, net: nn.Module, x: Tensor, threat: ThreatModel, loss: Loss, noise: Noise) -> Tensor:  # noqa: ARG002

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from rprune.threat import Norm, ThreatModel
 
 
-def per_sample(values: Float[Tensor, " b"], like: Tensor) -> Tensor:
+def per_sample(values: Shaped[Tensor, " b"], like: Tensor) -> Tensor:
     """Shape ``(b,)`` -> ``(b, 1, 1, ...)`` so that it broadcasts over a batch of images."""
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
+def row_sum(values: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """Sum of each sample, the same bits in any batch: torch adds up a single long row in another order."""
+    flat = values.flatten(1)
+    return flat.sum(1) if len(flat) != 1 else flat.expand(2, -1).contiguous().sum(1)[:1]
+
+
 def size(delta: Float[Tensor, "b ..."], norm: Norm) -> Float[Tensor, " b"]:
     """Norm of each sample's perturbation."""
-    flat = delta.flatten(1)
-    return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+    return delta.flatten(1).abs().amax(1) if norm == "linf" else row_sum(delta.square()).sqrt()
 
 
 def steepest(gradient: Float[Tensor, "b ..."], norm: Norm) -> Float[Tensor, "b ..."]:

@@ -23,8 +23,10 @@ class PGD(Attack):
 
     ``step`` is in units of eps; None means ``2.5 / steps``, Madry et al.'s rule, which for 10 steps is the eps/4 of the
     HYDRA and HARP papers (2/255 at 8/255). ``start``: "ball" draws uniformly from it (PGD-AT), "near" adds 0.001 of
-    Gaussian noise (TRADES), "none" starts at x. In evaluation every restart works on the samples still unbroken; a
-    sample leaves when its margin falls below ``-overshoot`` logits: 0 stops at the first wrong point, inf never.
+    Gaussian noise (TRADES), "none" starts at x. ``loss`` "margin" is Carlini and Wagner's (S&P 2017, f6), which stops
+    to grow at ``-kappa`` (HARP's code: 50); None: never. In evaluation every restart works on the samples still
+    unbroken; a sample leaves when its margin falls below ``-overshoot`` logits: 0 stops at the first wrong point, inf
+    never.
     """
 
     steps: Annotated[int, Field(ge=1)] = 10
@@ -32,9 +34,14 @@ class PGD(Attack):
     restarts: Annotated[int, Field(ge=1)] = 1
     start: Literal["ball", "near", "none"] = "ball"
     loss: Literal["ce", "margin"] = "ce"
+    kappa: Annotated[float, Field(ge=0)] | None = None
     overshoot: Annotated[float, Field(ge=0)] = 0.0
 
-    def queries(self) -> int:
+    @property
+    def label(self) -> str:
+        return "pgd" if self.loss == "ce" else "cw-pgd"
+
+    def queries(self, classes: int = 10) -> int:  # noqa: ARG002
         return self.restarts * (self.steps + 1)
 
     def for_transfer(self) -> PGD:
@@ -70,10 +77,13 @@ class PGD(Attack):
                 alive = alive[keep]
                 if len(alive) == 0:
                     break
-        return Found(best, lowest <= 0, queries)
+        return Found(best, lowest, queries)
 
     def _loss(self, y: Tensor) -> Loss:
-        return cross_entropy(y) if self.loss == "ce" else lambda logits: -margin(logits, y)
+        if self.loss == "ce":
+            return cross_entropy(y)
+        least = -math.inf if self.kappa is None else -self.kappa
+        return lambda logits: -margin(logits, y).clamp_min(least)
 
     def _start(self, x: Tensor, threat: ThreatModel, noise: Noise, restart: int) -> Tensor:
         if self.start == "none":

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rprune import __version__
+from rprune.cli.attack import attack
 from rprune.cli.certify import certify
 from rprune.cli.console import print_error, stdout
 from rprune.cli.evaluate import evaluate
@@ -62,7 +63,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted", "finished epochs are kept; the same command continues") from None
+            raise Interrupted("interrupted", "what is finished is kept; the same command continues") from None
         except BrokenPipeError:
             # the reader of stdout is gone (a pager, head); Typer would exit 1, which means "gate failed" here
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +77,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "run": run, "train": train, "prune": prune, "finetune": finetune, "shrink": shrink, "quantize": quantize,
         "certify": certify, "export": export,
     },
-    "Measure": {"evaluate": evaluate},
+    "Measure": {"evaluate": evaluate, "attack": attack},
     "Trust": {"verify": verify, "gate": gate, "report": report},
     "Help": {"inspect": inspect, "list": list_, "schema": schema},
 }  # fmt: skip

@@ -19,8 +19,9 @@ from rprune.errors import RpruneError
 
 if TYPE_CHECKING:
     from rprune.pipeline.artifact import Artifact
+    from rprune.pipeline.attack_file import Result
     from rprune.reports.events import Live
-    from rprune.reports.schema import Gate, Report
+    from rprune.reports.schema import Claim, Gate, Report
     from rprune.training.loop import EpochLog
 
 WIDE = 200  # columns where there is no terminal to ask
@@ -175,12 +176,65 @@ def print_stages(artifacts: Sequence[tuple[Artifact, str]]) -> None:
     print_table("stages", columns, rows)
 
 
+def print_attack(result: Result, where: str) -> None:
+    """Worst case first, then what each attack added, and whether the number can be trusted."""
+    from rprune.reports.text import flags
+
+    opened = result.opened
+    for column in result.columns:
+        robust, clean = column.robust, column.claims[0]
+        rows = [
+            [f"{label} accuracy", " ".join([percent(c.value), *flags(c)]), f"[{100 * c.interval.lower:.1f}, {100 * c.interval.upper:.1f}]",
+             f"{c.correct}/{c.n}"]
+            for label, c in (("robust", robust), ("clean", clean))
+        ]  # fmt: skip
+        name = column.suite if column.name == column.suite else f"{column.name} ({column.suite})"
+        print_table(
+            f"{opened.path} on {opened.bench.data.source}/test, {column.threat}, {name}",
+            ["", "value", "95 % interval", "count"],
+            rows,
+        )
+        if len(result.columns) == 1:
+            parts = [
+                [row.name, row.kind, f"{row.tried}", f"{row.broken}", f"{row.misses}", f"{row.queries:,}"]
+                for row in robust.attacks
+            ]
+            columns = ["attack", "kind", "tried", "broken", "search net only", "forward passes"]
+            print_table("each attack on what the ones before it left", columns, parts)
+        print_health(robust)
+    if len(result.columns) > 1:
+        print_columns(result)
+    stdout.print(Text(f"evidence  {where}"))
+
+
+def print_columns(result: Result) -> None:
+    """A paper's table: one column a suite, one row a threat."""
+    names = list(dict.fromkeys(column.name for column in result.columns))
+    threats = list(dict.fromkeys(str(column.threat) for column in result.columns))
+    value = {(str(c.threat), c.name): percent(c.robust.value) for c in result.columns}
+    clean = {str(c.threat): percent(c.claims[0].value) for c in result.columns}
+    rows = [[threat, clean[threat], *(value[threat, name] for name in names)] for threat in threats]
+    print_table(f"{result.opened.path}, n = {result.columns[0].robust.n}", ["threat", "clean", *names], rows)
+
+
+def print_health(claim: Claim) -> None:
+    """One line: the checks passed, or one for each that did not."""
+    if claim.health is None:
+        return
+    if not claim.health.failed:
+        stdout.print(Text(f"attack health: ok, {len(claim.health.checks)} checks"))
+    for check in claim.health.failed:
+        stdout.print(Text(f"UNRELIABLE {check.id} {check.name}: {check.detail}", style="bold red"))
+
+
 def print_report(report: Report, where: str) -> None:
+    from rprune.reports.text import flags
+
     rows = [
         [
             claim.metric.replace("_", " "),
             claim.artifact,
-            percent(claim.value),
+            " ".join([percent(claim.value), *flags(claim)]),
             f"[{100 * claim.interval.lower:.1f}, {100 * claim.interval.upper:.1f}]",
             f"{claim.correct}/{claim.n}",
             f"{claim.threat.norm} {claim.threat.eps}" if claim.threat else "",

@@ -10,9 +10,7 @@ from rprune.cli.console import ProgressLines, percent, print_json, print_table
 
 def evaluate(
     model: o.Model,
-    suite: Annotated[
-        str | None, typer.Option("--suite", help="Also robust accuracy under: fgsm, pgd10, pgd20, pgd50x5, pgd50x10.")
-    ] = None,
+    suite: o.Suite = None,
     split: Annotated[str, typer.Option("--split", help="test or validation.")] = "test",
     limit: o.Limit = None,
     eps: o.Eps = None,

@@ -13,9 +13,7 @@ from rprune.cli.console import ProgressLines, note, print_json, print_report
 def export(
     model: o.Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    suite: Annotated[
-        str | None, typer.Option("--suite", help="Attacks for robust accuracy: fgsm, pgd10, pgd20, pgd50x5, pgd50x10.")
-    ] = None,
+    suite: o.Suite = None,
     limit: o.Limit = None,
     certificates: Annotated[
         Path | None, typer.Option("--certificates", help="From 'certify'; default: beside the model, if there.")

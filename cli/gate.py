@@ -25,6 +25,12 @@ def gate(
             "--bound", help="Judge --min and --max by the 95 % 'lower' confidence bound, or the 'point' value."
         ),
     ] = "lower",
+    allow_unreliable: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unreliable", help="Let --min and --max count numbers of attacks that were weak or cut short."
+        ),
+    ] = False,
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 even when the gate fails.")] = False,
     as_json: o.Json = False,
 ) -> None:
@@ -36,6 +42,10 @@ def gate(
         raise UsageError(f"unknown bound '{bound}'", "use lower or point")
     rules: list[dict[str, Any]] = [rule_of(text, ">=", bound) for text in at_least or []]  # type: ignore[arg-type]
     rules += [rule_of(text, "<=", bound) for text in at_most or []]  # type: ignore[arg-type]
+    if allow_unreliable:
+        if not rules:
+            raise UsageError("--allow-unreliable is for --min and --max", "in a policy, write allow_unreliable = true")
+        rules = [rule | {"allow_unreliable": True} for rule in rules]
     if policy is not None:
         rules = [rule.model_dump() for rule in read_policy(policy).gate] + rules
     if not rules:

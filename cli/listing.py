@@ -18,6 +18,7 @@ COLUMNS = {
     "methods": ("name", "what", "paper", "structures", "learns", "cost"),
     "objectives": ("name", "what", "paper", "cost"),
     "allocators": ("name", "what", "paper"),
+    "suites": ("name", "what", "attacks"),
 }
 
 
@@ -58,16 +59,23 @@ def known(kind: str) -> list[dict[str, Any]]:
 
         where = "torchvision's, in NAME:DIR, $RPRUNE_DATA or ~/.cache/rprune; --download fetches it"
         return [{"name": name, "what": ABOUT.get(name, where)} for name in SOURCES]
-    if kind in ("suites", "allocators", "schedules"):
-        from rprune.attacks.suites import SUITES
+    if kind == "suites":
+        from rprune.attacks.suites import ABOUT, SUITES, TABLES
+
+        suites = [
+            {"name": name, "what": ABOUT[name], "attacks": [_brief(attack) for attack in attacks]}
+            for name, attacks in SUITES.items()
+        ]
+        return suites + [
+            {"name": name, "what": "a paper's table, for 'rprune attack'", "attacks": list(columns.values())}
+            for name, columns in TABLES.items()
+        ]
+    if kind in ("allocators", "schedules"):
         from rprune.pruning.allocation import ALLOCATORS
         from rprune.training.schedules import SCHEDULES
 
-        tables: dict[str, Any] = {"suites": SUITES, "allocators": ALLOCATORS, "schedules": SCHEDULES}
-        what = {
-            name: ", ".join(map(repr, v)) if isinstance(v, tuple) else _first_line(v)
-            for name, v in tables[kind].items()
-        }
+        tables: dict[str, Any] = {"allocators": ALLOCATORS, "schedules": SCHEDULES}
+        what = {name: _first_line(v) for name, v in tables[kind].items()}
         if kind == "allocators":
             return [
                 {"name": name} | dict(zip(("what", "paper"), _source(text), strict=True)) for name, text in what.items()
@@ -115,6 +123,18 @@ def _source(line: str) -> tuple[str, str]:
     """A line without the source in its last parentheses, and that source."""
     found = re.fullmatch(r"(.*) \(([^()]*)\)(.*)", line)
     return (found[1] + found[3], found[2]) if found else (line, "")
+
+
+def _brief(attack: Any) -> str:
+    """The constructor call, without what is as by default."""
+    import dataclasses
+
+    said = [
+        f"{f.name}={_brief(value) if dataclasses.is_dataclass(value) else repr(value)}"
+        for f in dataclasses.fields(attack)
+        if (value := getattr(attack, f.name)) != f.default
+    ]
+    return f"{type(attack).__name__}({', '.join(said)})"
 
 
 def _first_line(thing: Any) -> str:

@@ -66,6 +66,12 @@ Set = Annotated[
 TensorBoard = Annotated[
     Path | None, typer.Option("--tensorboard", help="Folder for the figures of every epoch, for TensorBoard.")
 ]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        "--suite", help="Attacks for robust accuracy: a name of 'rprune list suites', or several with commas."
+    ),
+]
 Limit = Annotated[int | None, typer.Option("-n", "--limit", help="Only the first N test samples.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]

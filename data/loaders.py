@@ -38,6 +38,10 @@ class Loader(Protocol):
         """The first ``limit`` samples as they are, in order."""
         ...
 
+    def take(self, ids: Int64[Tensor, " b"]) -> Batch:
+        """These samples as they are, in this order."""
+        ...
+
 
 def loader(split: Split, device: torch.device, workers: int | None = None) -> Loader:
     """The loader that fits the split."""
@@ -65,7 +69,11 @@ class Resident:
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         ids = torch.arange(len(self), device=self.labels.device)[:limit]
         for part in torch.split(ids, batch_size):
-            yield Batch(to_unit(self.images[part]), self.labels[part], part)
+            yield self.take(part)
+
+    def take(self, ids: Tensor) -> Batch:
+        ids = ids.to(self.labels.device)
+        return Batch(to_unit(self.images[ids]), self.labels[ids], ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +104,9 @@ class Mixed:
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         return self.labelled.ordered(batch_size, limit)
 
+    def take(self, ids: Tensor) -> Batch:
+        return self.labelled.take(ids)
+
     def _endless(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
         while True:
             yield from self.extra.shuffled(batch_size, generator, augment)
@@ -119,6 +130,10 @@ class Streamed:
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         for images, ids in self._decode(list(range(len(self)))[:limit], batch_size):
             yield Batch(to_unit(images), self._labels(ids), ids.to(self.device))
+
+    def take(self, ids: Tensor) -> Batch:
+        images = torch.stack([_Decoder(self.split)[i][0] for i in ids.tolist()]).to(self.device)
+        return Batch(to_unit(images), self._labels(ids.cpu()), ids.to(self.device))
 
     def _labels(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.split.labels)[ids].to(self.device)

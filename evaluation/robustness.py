@@ -2,109 +2,280 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from rprune.attacks.base import ATTACKS, Attack
+from rprune.attacks.apgd import APGD
+from rprune.attacks.base import Attack, Found
 from rprune.attacks.noise import Keyed
-from rprune.data.loaders import Loader
-from rprune.evaluation.accuracy import Predict, Predictions
+from rprune.attacks.norms import into_ball, size, within
+from rprune.attacks.pgd import PGD
+from rprune.attacks.transfer import Transfer
+from rprune.data.loaders import Batch, Loader
+from rprune.errors import WorkError
+from rprune.evaluation.accuracy import Predictions
+from rprune.evaluation.ledger import Clean, Ledger, Row, Status, Witness
+from rprune.evaluation.outcome import Kind, Robustness, Tally
+from rprune.evaluation.target import INVALID, Target
 from rprune.threat import ThreatModel
 
+Progress = Callable[[str, int, int, int], None]
+"""(attack, samples done, samples still robust, samples in all)"""
+CROSS_CHECK = PGD(steps=10)  # on samples whose robustness is proved: it must find nothing
+# for points that lose their effect in 8-bit pixels; targeted, as strong as what found them
+ONTO_GRID = APGD(steps=20, loss="margin", targets=9, overshoot=math.inf)
 
-@dataclass(frozen=True, eq=False)
-class Robustness:
-    """Outcome for the first n samples. A sample is robust when the artifact is right on it and on every point found.
 
-    ``points`` and ``adversarial`` belong to the samples in ``broken_ids``: the points that the artifact misclassifies,
-    and what it calls them. ``misses`` are points that fooled the search net but not the artifact.
-    """
+def chosen(total: int, limit: int | None = None, shard: tuple[int, int] = (0, 1)) -> Int64[Tensor, " n"]:
+    """Sample ids: the first ``limit``, of those every n-th for shard (i, n), i from 0."""
+    index, shards = shard
+    return torch.arange(min(total, limit or total))[index::shards]
 
-    clean: Predictions
-    broken_ids: Int64[Tensor, " m"]
-    points: Float[Tensor, "m c h w"]
-    adversarial: Int64[Tensor, " m"]
-    broken_by: list[str]
-    queries: int
-    misses: int
 
-    @property
-    def robust(self) -> Bool[Tensor, " n"]:
-        robust = self.clean.right.clone()
-        robust[self.broken_ids] = False
-        return robust
+@dataclass(frozen=True)
+class _Step:
+    """One attack of the plan, and the net that it searches on (None: there is none, so it cannot run)."""
 
-    @property
-    def correct(self) -> int:
-        return int(self.robust.sum())
+    name: str
+    kind: Kind
+    attack: Attack
+    net: nn.Module | None
 
 
 def robustness(
-    search: Sequence[nn.Module],
-    verify: Predict,
+    target: Target,
     data: Loader,
     threat: ThreatModel,
     attacks: Sequence[Attack],
     *,
     seed: int = 0,
     limit: int | None = None,
-    batch_size: int = 250,
-    on_progress: Callable[[int, int, int], None] = lambda done, robust, total: None,
+    ids: Int64[Tensor, " n"] | None = None,
+    batch_size: int = 256,
+    ledger: Ledger | None = None,
+    budget: float = math.inf,
+    certified: Bool[Tensor, " n"] | None = None,
+    grid: bool = True,
+    on_progress: Progress = lambda name, done, robust, total: None,
 ) -> Robustness:
-    """Attack the first ``limit`` samples, each attack on those that the artifact still gets right.
+    """Attack samples, each attack on all that the artifact still gets right: the pointwise worst case.
+
+    The result depends on target, data, threat, attacks and seed alone, never on batch size, order, shards or resuming.
 
     Args:
-        search: differentiable networks whose gradients guide the attacks: the artifact's own twin first, then others
-            (the float parent of an 8-bit net) whose points are tried on the artifact as they transfer.
-        verify: the artifact's predicted classes; only its verdict counts.
+        limit: the first so many samples; or ``ids``: exactly these, in this order.
+        batch_size: samples under attack at a time; it bounds memory.
+        ledger: rows that are in it already are not computed again.
+        budget: seconds after which no further batch begins; the outcome is then not ``complete``.
+        certified: by sample id, those proved robust under this threat. They are skipped but for one cheap PGD.
+        grid: look for a point of 8-bit pixels for every broken sample (a search of its own where rounding fails).
+
+    Raises:
+        WorkError: a certified sample was broken: a bound or the attack is wrong.
     """
-    total = min(limit or len(data), len(data))
-    plan = [(ATTACKS.name_of(attack), attack, search[0]) for attack in attacks]
-    plan += [(f"{ATTACKS.name_of(a)} transferred", a.for_transfer(), net) for net in search[1:] for a in attacks]
-    labels, clean, ids, points, adversarial, names = [], [], [], [], [], []
-    queries = misses = robust = done = 0
-    for batch in data.ordered(batch_size, limit):
-        predicted = verify(batch.x).to(batch.y.device)
-        alive = torch.nonzero(predicted == batch.y).flatten()
-        labels.append(batch.y.cpu())
-        clean.append(predicted.cpu())
-        for name, attack, net in plan:
-            if len(alive) == 0:
+    ledger = Ledger() if ledger is None else ledger
+    ids = chosen(len(data), limit) if ids is None else ids
+    deadline = time.monotonic() + budget
+    for batch in _batches(data, (i for i in ids.tolist() if i not in ledger.clean), batch_size):
+        found = target.verdict(batch.x).tolist()
+        ledger.add_clean({i: Clean(*row) for i, *row in zip(batch.ids.tolist(), batch.y.tolist(), found, strict=True)})
+    right = [i for i in ids.tolist() if ledger.clean[i].label == ledger.clean[i].predicted]
+    proved = {i for i in right if certified is not None and i < len(certified) and bool(certified[i])}
+    if proved and target.search is not None:
+        _cross_check(target, data, threat, sorted(proved), seed, batch_size)
+    complete = True
+    plan = _plan(attacks, target)
+    for step in plan:
+        if step.net is None:
+            continue
+        done = ledger.tried(step.name)
+        open_ids = [i for i in right if i not in ledger.witnesses and i not in proved]
+        waiting = [i for i in open_ids if i not in done]
+        robust, count = len(open_ids) + len(proved), len(open_ids) - len(waiting)
+        if waiting:
+            on_progress(step.name, count, robust, len(open_ids))
+        for batch in _batches(data, waiting, batch_size):
+            if time.monotonic() > deadline:
+                complete = False
                 break
-            x, y, keys = batch.x[alive], batch.y[alive], batch.ids[alive]
-            found = attack.evaluate(net, x, y, threat, Keyed(seed, keys))
-            point, verdict = found.x, verify(found.x).to(y.device)
-            queries += int(found.queries.sum())
-            missed = torch.nonzero(found.broken & (verdict == y)).flatten()
-            if len(missed):  # over the search net's boundary, not over the artifact's: go on instead of stopping there
-                again = attack.for_transfer().evaluate(net, x[missed], y[missed], threat, Keyed(seed, keys[missed]))
-                point[missed], verdict[missed] = again.x, verify(again.x).to(y.device)
-                queries += int(again.queries.sum())
-            fooled = verdict != y
-            misses += int((found.broken & ~fooled).sum())
-            ids.append(keys[fooled].cpu())
-            points.append(point[fooled].cpu())
-            adversarial.append(verdict[fooled].cpu())
-            names += [name] * int(fooled.sum())
-            alive = alive[~fooled]
-        robust += len(alive)
-        done += len(batch.y)
-        on_progress(done, robust, total)
-    predictions = Predictions(torch.cat(labels), torch.cat(clean))
-    if not ids:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return Robustness(predictions, nothing, batch.x[:0].cpu(), nothing, [], queries, misses)
-    order = torch.cat(ids).argsort()
+            rows = _attack(step, target, batch, threat, seed, grid)
+            ledger.add(step.name, rows)
+            count, robust = count + len(rows), robust - sum(row.witness is not None for row in rows.values())
+            on_progress(step.name, count, robust, len(open_ids))
+    return _outcome(ledger, plan, ids, proved, complete)
+
+
+def _plan(attacks: Sequence[Attack], target: Target) -> list[_Step]:
+    plan: list[_Step] = []
+    names: dict[str, int] = {}
+
+    def add(name: str, kind: Kind, attack: Attack, net: nn.Module | None) -> None:
+        names[name] = names.get(name, 0) + 1
+        plan.append(_Step(name if names[name] == 1 else f"{name} {names[name]}", kind, attack, net))
+
+    for attack in attacks:
+        if isinstance(attack, Transfer):
+            for net in target.parents or (None,):
+                add(attack.label, "transfer", attack, net)
+        elif attack.needs_gradient:
+            add(attack.label, "white-box", attack, target.search)
+        else:
+            add(attack.label, "black-box", attack, target.artifact)
+    return plan
+
+
+def _batches(data: Loader, ids: Iterable[int], batch_size: int) -> Iterator[Batch]:
+    for part in torch.split(torch.tensor(list(ids), dtype=torch.int64), batch_size):
+        if len(part):
+            yield data.take(part)
+
+
+def _attack(step: _Step, target: Target, batch: Batch, threat: ThreatModel, seed: int, grid: bool) -> dict[int, Row]:
+    """One attack on samples that the artifact gets right, with the artifact's verdict on each point found."""
+    assert step.net is not None
+    x, y, ids = batch
+    found = step.attack.evaluate(step.net, x, y, threat, Keyed(seed, ids))
+    verdict = target.verdict(found.x)
+    missed = torch.nonzero(found.broken & (verdict == y)).flatten()
+    if len(missed) and step.kind == "white-box":
+        # over the search net's boundary, not over the artifact's: go on instead of stopping there
+        again = step.attack.for_transfer().evaluate(step.net, x[missed], y[missed], threat, Keyed(seed, ids[missed]))
+        found = _replaced(found, missed, again)
+        verdict[missed] = target.verdict(again.x)
+    fooled = (verdict != y) & (verdict != INVALID)
+    points, exact = found.x, torch.zeros_like(fooled)
+    if grid:
+        points, exact = _witnesses(found.x, fooled, verdict, target, batch, threat, seed)
+    sizes = size(points - x, threat.norm).tolist()
+    margins = found.margin.tolist()
+    rows = {}
+    for k, i in enumerate(ids.tolist()):
+        status: Status = "survived"
+        witness = None
+        if fooled[k]:
+            status = "fooled"
+            witness = Witness(points[k].cpu(), int(verdict[k]), sizes[k], bool(exact[k]))
+        elif verdict[k] == INVALID:
+            status = "invalid"
+        elif step.kind == "white-box" and found.broken[k]:
+            status = "miss"
+        rows[i] = Row(status, int(found.queries[k]), margins[k] if math.isfinite(margins[k]) else None, witness)
+    return rows
+
+
+def _replaced(found: Found, rows: Tensor, other: Found) -> Found:
+    x, margin, queries = found.x.clone(), found.margin.clone(), found.queries.clone()
+    x[rows], margin[rows] = other.x, other.margin
+    queries[rows] += other.queries
+    return Found(x, margin, queries)
+
+
+def _witnesses(
+    points: Float[Tensor, "b c h w"],
+    fooled: Bool[Tensor, " b"],
+    verdict: Int64[Tensor, " b"],
+    target: Target,
+    batch: Batch,
+    threat: ThreatModel,
+    seed: int,
+) -> tuple[Float[Tensor, "b c h w"], Bool[Tensor, " b"]]:
+    """The points, on the grid of 8-bit pixels where such a point breaks the sample too; ``verdict`` follows them."""
+    points, exact = points.clone(), torch.zeros_like(fooled)
+
+    def settle(rows: Tensor, candidates: Tensor) -> None:
+        rounded = on_grid(candidates, batch.x[rows], threat)
+        classes = target.verdict(rounded)
+        good = (classes != batch.y[rows]) & (classes != INVALID) & within(rounded, batch.x[rows], threat)
+        exact[rows[good]] = True
+        points[rows[good]] = rounded[good]
+        verdict[rows[good]] = classes[good]
+
+    rows = torch.nonzero(fooled).flatten()
+    if len(rows):
+        settle(rows, points[rows])
+    rows = torch.nonzero(fooled & ~exact).flatten()
+    room = grid_room(threat, batch.x[0].numel())
+    if len(rows) and target.search is not None and room.eps > 0:
+        # a point just over the boundary falls back when rounded: look further inside
+        x, y, ids = (part[rows] for part in batch)
+        settle(rows, ONTO_GRID.evaluate(target.search, x, y, room, Keyed(seed, ids)).x)
+    return points, exact
+
+
+def grid_room(threat: ThreatModel, pixels: int) -> ThreatModel:
+    """The ball in which points may lie that are then rounded to 8-bit pixels and shall stay inside ``threat``.
+
+    linf: the largest multiple of 1/255. l2: less what rounding adds to the square of the norm, its mean and three
+    standard deviations, for errors that are uniform and independent.
+    """
+    if threat.norm == "linf":
+        return ThreatModel("linf", repr(math.floor(threat.eps * 255 + 1e-9) / 255))
+    deviation = 1 / 255 / math.sqrt(12)
+    return ThreatModel(
+        "l2", repr(math.sqrt(max(0.0, threat.eps**2 - pixels * deviation**2 - 6 * threat.eps * deviation)))
+    )
+
+
+def on_grid(
+    points: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], threat: ThreatModel
+) -> Float[Tensor, "b c h w"]:
+    """Points of 8-bit pixels near these, around images that are such themselves. In l2 a few may leave the ball."""
+    steps = (into_ball(points - x, grid_room(threat, x[0].numel())) * 255).round()
+    return ((x * 255).round() + steps).clamp(0, 255) / 255
+
+
+def _cross_check(
+    target: Target, data: Loader, threat: ThreatModel, proved: list[int], seed: int, batch_size: int
+) -> None:
+    assert target.search is not None
+    for batch in _batches(data, proved, batch_size):
+        point = CROSS_CHECK.evaluate(target.search, batch.x, batch.y, threat, Keyed(seed, batch.ids)).x
+        broken = batch.ids[target.verdict(point) != batch.y].tolist()
+        if broken:
+            raise WorkError(
+                f"samples {broken[:5]} are certified and broken by PGD",
+                "a bound or the 8-bit simulation is wrong; please report this",
+            )
+
+
+def _outcome(ledger: Ledger, plan: list[_Step], ids: Tensor, proved: set[int], complete: bool) -> Robustness:
+    ids = ids.sort().values
+    order = ids.tolist()
+    clean = [ledger.clean[i] for i in order]
+    predictions = Predictions(*(torch.tensor(column, dtype=torch.int64) for column in zip(*clean, strict=True)))
+    broken = [i for i in order if i in ledger.witnesses]
+    names, witnesses = zip(*(ledger.witnesses[i] for i in broken), strict=True) if broken else ((), ())
+    tallies = []
+    lowest, spent = dict.fromkeys(order, math.nan), dict.fromkeys(order, 0)
+    for step in plan:
+        rows = {i: row for i, row in ledger.tried(step.name).items() if i in lowest}
+        count = {status: sum(row.status == status for row in rows.values()) for status in ("fooled", "miss", "invalid")}
+        queries = sum(row.queries for row in rows.values())
+        for i, row in rows.items():
+            spent[i] += row.queries
+            if row.margin is not None and not row.margin > lowest[i]:  # the first number replaces nan
+                lowest[i] = row.margin
+        tallies.append(
+            Tally(step.name, step.kind, len(rows), count["fooled"], count["miss"], count["invalid"], queries)
+        )
     return Robustness(
-        predictions,
-        torch.cat(ids)[order],
-        torch.cat(points)[order],
-        torch.cat(adversarial)[order],
-        [names[i] for i in order.tolist()],
-        queries,
-        misses,
+        ids=ids,
+        clean=predictions,
+        broken_ids=torch.tensor(broken, dtype=torch.int64),
+        points=torch.stack([w.x for w in witnesses]) if broken else torch.zeros(0, 0, 0, 0),
+        adversarial=torch.tensor([w.predicted for w in witnesses], dtype=torch.int64),
+        exact=torch.tensor([w.exact for w in witnesses], dtype=torch.bool),
+        broken_by=list(names),
+        tallies=tuple(tallies),
+        margin=torch.tensor([lowest[i] for i in order]),
+        queries=torch.tensor([spent[i] for i in order]),
+        size=torch.tensor([w.size for w in witnesses]),
+        certified=torch.tensor([i in proved for i in order], dtype=torch.bool),
+        complete=complete,
     )

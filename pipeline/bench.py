@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from rprune.attacks.base import Attack
+from rprune.attacks.suites import suite
 from rprune.data.loaders import Loader, Mixed, loader
 from rprune.data.sources import load_data
 from rprune.data.splits import ArraySplit, DataSet, Split, hold_out
@@ -47,6 +49,7 @@ class Bench:
     reporter: Reporter = field(default_factory=Silent)
     pseudo: Split | None = None  # pseudo-labelled samples that join every training batch
     typed: frozenset[str] = frozenset()  # names of user code that the user wrote; names in files are not followed
+    suites: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # a recipe's own, by name
     _loaders: dict[str, Loader] = field(default_factory=dict)
 
     @classmethod
@@ -72,6 +75,10 @@ class Bench:
             split, _ = hold_out(split, 1 - fraction, ("train", "unused"))
         labelled = self.loader("train") if fraction == 1 else loader(split, self.device)
         return labelled if self.pseudo is None else Mixed(labelled, loader(self.pseudo, self.device))
+
+    def suite(self, name: str) -> tuple[Attack, ...]:
+        """The attacks of a suite, the recipe's own or a known one. Raises UsageError for an unknown name."""
+        return suite(name, self.suites)
 
     def record(self) -> DataRecord:
         digests = {name: self.data.split(name).digest for name in ("train", "validation", "test")}

@@ -18,21 +18,26 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 import rprune
-from rprune.attacks.suites import suite
+from rprune.attacks.base import Attack
+from rprune.attacks.suites import with_transfer
 from rprune.data.loaders import loader
 from rprune.errors import WorkError
-from rprune.evaluation.robustness import Robustness, robustness
+from rprune.evaluation.ledger import Ledger
+from rprune.evaluation.outcome import Robustness
+from rprune.evaluation.target import Target
 from rprune.export.onnx import float_model, stamp
 from rprune.export.qdq import qdq_model
 from rprune.export.session import OnnxClassifier, stored_weights
 from rprune.files import atomic, digest_of, file_digest, write_json, write_text
 from rprune.models.prunable import prunable
 from rprune.pipeline.artifact import Artifact, Metadata, save_tensors
+from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
 from rprune.pipeline.bench import Bench
-from rprune.pipeline.claims import certified_claims, check_order, empirical_claims, write_evidence
+from rprune.pipeline.claims import certified_claims, empirical_claims, proved_samples
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.recipe import ExportStage
 from rprune.pipeline.stages import Certificates, networks
+from rprune.pipeline.targets import CPU, of_export
 from rprune.reports.evidence import broken_samples
 from rprune.reports.gate import Policy, judge
 from rprune.reports.html import render_html
@@ -54,6 +59,7 @@ from rprune.reports.schema import (
 CHECK_SAMPLES = 256
 TOLERANCE = 1e-4  # of the largest logit: float kernels sum in another order
 AGREEMENT = 0.99
+LEDGER = ".ledger.jsonl"
 FILES: dict[str, Role] = {
     "model.safetensors": "weights",
     "masks.safetensors": "masks",
@@ -99,25 +105,27 @@ def export(
         UsageError: unknown attack suite.
     """
     started = time.monotonic()
-    attacks = suite(stage.suite)
+    attacks = bench.suite(stage.suite)
     model, twin = networks(artifact)
     fidelity = write_models(artifact, model, twin, bench, out)
     stored = {name: stored_weights(out / name) for name in ("model.onnx", "model.int8.onnx") if (out / name).exists()}
     sparsity = _sparsity(artifact.metadata, list(prunable(model)), stored)
-    shipped: dict[Role, tuple[str, list[nn.Module]]] = {"onnx": ("model.onnx", [model])}
+    shipped: dict[Role, str] = {"onnx": "model.onnx"}
     if twin is not None:
-        shipped["onnx-int8"] = ("model.int8.onnx", [twin, model])
-    claims: list[Claim] = []
-    results: dict[Role, Robustness] = {}
-    for role, (name, search) in shipped.items():
-        results[role] = _attack(bench, search, out / name, attacks, stage, role)
-        claims += empirical_claims(bench, results[role], role, out / name, stage)
+        shipped["onnx-int8"] = "model.int8.onnx"
     main: Role = "onnx-int8" if twin is not None else "onnx"
-    result = results[main]
+    proved = proved_samples(bench, certificates)
+    claims: list[Claim] = []
+    for role, name in shipped.items():
+        target = of_export(out / name, model, twin if role == "onnx-int8" else None, bench.data.shape, bench.device)
+        found = _attack(bench, target, out / name, attacks, stage, role, proved if role == main else None)
+        settings = _settings(bench, target, found, name)
+        claims += empirical_claims(found, bench.threat, role, file_digest(out / name), stage.suite, settings)
+    result = found.outcome
     if certificates is not None:
-        claims += certified_claims(bench, certificates, out / shipped[main][0], main, fidelity)
-        check_order(bench, certificates, result)
-    write_evidence(out, result, certificates)
+        claims += certified_claims(bench, certificates, out / shipped[main], main, fidelity)
+    certified = None if certificates is None else _certified(certificates)
+    write_evidence(out / "evidence", result, bench.data.shape, certified)
     seconds = round(time.monotonic() - started, 3)
     parameters = sum(p.numel() for p in model.parameters())
     report = _report(bench, artifact, parameters, stage, out, source, sparsity, fidelity, claims, result, seconds)
@@ -241,21 +249,48 @@ def _sparsity(metadata: Metadata, names: Sequence[str], stored: Mapping[str, Map
 
 
 def _attack(
-    bench: Bench, search: Sequence[nn.Module], path: Path, attacks: Sequence[Any], stage: ExportStage, role: str
-) -> Robustness:
-    session = OnnxClassifier(path)
+    bench: Bench,
+    target: Target,
+    path: Path,
+    attacks: tuple[Attack, ...],
+    stage: ExportStage,
+    role: str,
+    proved: Tensor | None,
+) -> Assessment:
+    """The suite on one file. Its ledger lies beside the file until the end, so that an interrupted export continues."""
+    if target.parents:
+        attacks = with_transfer(attacks)
     # the search runs where the data lies; the 8-bit simulation is exact on the CPU alone
-    device = torch.device("cpu") if len(search) > 1 else bench.device
-    return robustness(
-        [net.to(device) for net in search],
-        lambda x: torch.from_numpy(session.predict(x.detach().cpu().numpy())),
-        loader(bench.data.test, device),
-        bench.threat,
-        attacks,
-        seed=bench.seed,
-        limit=stage.limit,
-        on_progress=lambda done, good, total: bench.reporter.progress(f"{stage.suite} on {role}", done, good, total),
+    device = CPU if target.parents else bench.device
+    test = bench.data.test
+    key = ledger_key(
+        file_digest(path), test.digest, bench.threat, attacks, bench.seed, target, certified=proved is not None
     )
+    ledger = Ledger.open(path.with_suffix(LEDGER), key)
+    found = assess(
+        target, loader(test, device), bench.threat, attacks, seed=bench.seed, limit=stage.limit, ledger=ledger,
+        certified=proved,
+        on_progress=lambda name, *counts: bench.reporter.progress(f"{name} on {role}", *counts),
+    )  # fmt: skip
+    path.with_suffix(LEDGER).unlink()
+    return found
+
+
+def _settings(bench: Bench, target: Target, found: Assessment, name: str) -> dict[str, Any]:
+    return {
+        "seed": bench.seed,
+        "gradient": "8-bit simulation (straight-through) and float parent" if target.parents else "float model, folded",
+        "verdict": f"ONNX Runtime on {name}",
+        "broken": len(found.outcome.broken_ids),
+        "queries": int(found.outcome.queries.sum()),
+        "certified_and_skipped": int(found.outcome.certified.sum()),
+    }
+
+
+def _certified(certificates: Certificates) -> dict[int, bool]:
+    """Verdicts of the bounds by sample id."""
+    proved = certificates.get("ibp", {}).get("levels", [{}])[0].get("proved", [])
+    return {i: bool(verdict) for i, verdict in enumerate(proved)}
 
 
 def _subjects(out: Path) -> list[Subject]:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rprune.attacks.suites import suite
 from rprune.certification.smoothing import needed_l2
-from rprune.errors import WorkError
 from rprune.evaluation.certificates import SmoothedSet
-from rprune.evaluation.robustness import Robustness
-from rprune.files import file_digest, write_text
-from rprune.pipeline.artifact import save_tensors
+from rprune.files import file_digest
+from rprune.pipeline.attack import Assessment
 from rprune.pipeline.bench import Bench
-from rprune.pipeline.recipe import ExportStage
 from rprune.pipeline.stages import Certificates
-from rprune.reports.schema import Claim, Fidelity, Interval, Point, Role, Threat
+from rprune.reports.schema import AttackRow, Claim, Fidelity, Health, HealthCheck, Interval, Point, Role, Threat
 from rprune.threat import ThreatModel
 
 
-def _claim(kind: Any, metric: Any, role: Role, path: Path, correct: int, n: int, **more: Any) -> Claim:
+def _claim(kind: Any, metric: Any, role: Role, sha256: str, correct: int, n: int, **more: Any) -> Claim:
     return Claim(
         id=f"{metric}@{role}",
         artifact=role,
-        sha256=file_digest(path),
+        sha256=sha256,
         kind=kind,
         metric=metric,
         correct=correct,
@@ -39,27 +33,44 @@ def _claim(kind: Any, metric: Any, role: Role, path: Path, correct: int, n: int,
     )
 
 
-def empirical_claims(bench: Bench, result: Robustness, role: Role, path: Path, stage: ExportStage) -> list[Claim]:
-    """Clean accuracy, and robust accuracy as an upper bound."""
-    clean = result.clean
-    settings = {
-        "attacks": [repr(attack) for attack in suite(stage.suite)],
-        "seed": bench.seed,
-        "gradient": "8-bit simulation (straight-through) and float parent" if role == "onnx-int8" else "float model",
-        "verdict": f"ONNX Runtime on {path.name}",
-        "broken": len(result.broken_ids),
-        "queries": result.queries,
-        "fooled_the_search_net_only": result.misses,
-    }
-    bound = "an upper bound of the file's robust accuracy, by the witnesses in the evidence folder"
-    kind, metric, correct, n = "empirical-upper-bound", "robust_accuracy", result.correct, clean.n
-    threat = Threat.of(bench.threat)
-    return [
-        _claim("accuracy", "clean_accuracy", role, path, clean.correct, n, method="ONNX Runtime", sound_for="the file"),
-        _claim(
-            kind, metric, role, path, correct, n, threat=threat, method=stage.suite, settings=settings, sound_for=bound
-        ),
+def empirical_claims(
+    found: Assessment, threat: ThreatModel, role: Role, sha256: str, suite: str, settings: dict[str, Any]
+) -> list[Claim]:
+    """Clean accuracy, and robust accuracy as an upper bound with the health of the attack behind it."""
+    outcome, n = found.outcome, found.outcome.clean.n
+    verdict = str(settings.get("verdict", "torch"))
+    clean = _claim(
+        "accuracy", "clean_accuracy", role, sha256, outcome.clean.correct, n, method=verdict.split(" on ")[0],
+        sound_for="the file",
+    )  # fmt: skip
+    checks = [
+        HealthCheck(id=c.id, name=c.name, value=c.value, limit=c.limit, passed=c.passed, detail=c.detail)
+        for c in found.checks
     ]
+    robust = _claim(
+        "empirical-upper-bound",
+        "robust_accuracy",
+        role,
+        sha256,
+        outcome.correct,
+        n,
+        threat=Threat.of(threat),
+        method=suite,
+        settings=settings | {"rounded_away": int((~outcome.exact).sum())},
+        sound_for="an upper bound of the file's robust accuracy, by the witnesses in the evidence folder",
+        curve=[Point(at=eps, correct=correct, value=correct / n) for eps, correct in found.curve],
+        attacks=[
+            AttackRow(
+                name=t.name, kind=t.kind, tried=t.tried, broken=t.broken, misses=t.misses, invalid=t.invalid,
+                queries=t.queries,
+            )
+            for t in outcome.tallies
+        ],  # fmt: skip
+        health=Health.of(checks) if checks else None,
+        distances=list(found.distances),
+        complete=outcome.complete,
+    )
+    return [clean, robust]
 
 
 def certified_claims(
@@ -98,7 +109,7 @@ def _ibp_claim(ibp: dict[str, Any], path: Path, role: Role, exact: bool) -> Clai
         "certified-lower-bound",
         "certified_accuracy",
         role,
-        path,
+        file_digest(path),
         counts[0],
         n,
         threat=Threat.of(threats[0]),
@@ -130,7 +141,7 @@ def _smoothing_claim(smoothing: dict[str, Any], bench: Bench, path: Path, role: 
         "certified-probabilistic",
         "smoothed_certified_accuracy",
         role,
-        path,
+        file_digest(path),
         at(sigma),
         n,
         threat=Threat.of(ThreatModel.of("l2", repr(sigma))),
@@ -142,35 +153,12 @@ def _smoothing_claim(smoothing: dict[str, Any], bench: Bench, path: Path, role: 
     )
 
 
-def check_order(bench: Bench, certificates: Certificates, result: Robustness) -> None:
-    """certified <= robust <= clean, sample by sample: a sample both certified and broken means a bug."""
-    ibp = certificates.get("ibp")
+def proved_samples(bench: Bench, certificates: Certificates | None) -> torch.Tensor | None:
+    """By sample id, which ones the certificates prove robust under the threat; None where they do not cover it."""
+    ibp = (certificates or {}).get("ibp")
     if ibp is None:
-        return
+        return None
     threat = ThreatModel.of(ibp["norm"], ibp["levels"][0]["eps"])
     if threat.norm != bench.threat.norm or threat.eps < bench.threat.eps:
-        return
-    proved = torch.tensor(ibp["levels"][0]["proved"], dtype=torch.bool)
-    n = min(len(proved), result.clean.n)
-    wrong = torch.nonzero(proved[:n] & ~result.robust[:n]).flatten().tolist()
-    if wrong:
-        raise WorkError(
-            f"samples {wrong[:5]} are certified and broken", "a bound or an attack is wrong; please report this"
-        )
-
-
-def write_evidence(out: Path, result: Robustness, certificates: Certificates | None) -> None:
-    """samples.csv: one row a sample. adversarial.safetensors: for each broken sample the point that breaks it."""
-    proved = (certificates or {}).get("ibp", {}).get("levels", [{}])[0].get("proved", [])
-    broken = {int(i): k for k, i in enumerate(result.broken_ids.tolist())}
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["index", "label", "clean_prediction", "adversarial_prediction", "attack", "certified"])
-    for i, (label, predicted) in enumerate(
-        zip(result.clean.labels.tolist(), result.clean.predicted.tolist(), strict=True)
-    ):
-        k = broken.get(i)
-        found = ["", ""] if k is None else [int(result.adversarial[k]), result.broken_by[k]]
-        rows.writerow([i, label, predicted, *found, proved[i] if i < len(proved) else ""])
-    write_text(out / "evidence" / "samples.csv", text.getvalue())
-    save_tensors(out / "evidence" / "adversarial.safetensors", {"index": result.broken_ids, "x": result.points})
+        return None
+    return torch.tensor(ibp["levels"][0]["proved"], dtype=torch.bool)

@@ -133,7 +133,7 @@ class ExportStage(Section):
     """Files, checks, and the claims measured on them."""
 
     kind: Literal["export"] = "export"
-    suite: str = "pgd50x5"
+    suite: str = "aa-lite"
     limit: Positive | None = None
 
 
@@ -160,6 +160,7 @@ class Recipe(Section):
     data: DataSection
     threat: ThreatSection | None = None  # None: what is usual for the data
     checkpoint: str | None = None  # start from this file instead of a train stage
+    suites: dict[str, tuple[Spec, ...]] = {}  # attacks by a name of your own, for export's suite
     stage: tuple[Annotated[Stage, Field(discriminator="kind")], ...]
     policy: str | None = None
 

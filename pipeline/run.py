@@ -58,6 +58,7 @@ class Runner:
         if isinstance(start, Artifact):
             threat = threat or start.metadata.threat
         self.bench = Bench.open(recipe.data, threat, recipe.seed, device, reporter)
+        self.bench.suites = recipe.suites
         self.bench.typed = named_code(recipe.model_dump(mode="json"))
         self.arch = architecture(recipe.model, self.bench.data)
         self.start = self._adopted(start, folder)
@@ -142,6 +143,7 @@ class Runner:
                 "device": bench.device.type,
                 "teacher": self.teacher.digest if self.teacher and stage.kind == "finetune" else None,
                 "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,
+                "suites": self.recipe.model_dump(mode="json")["suites"] if stage.kind == "export" else None,
                 "name": self.recipe.name if stage.kind == "export" else None,
                 "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), self.arch.name])],
             }

@@ -15,13 +15,13 @@ from torch import fx, nn
 from rprune.attacks.base import Attack
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
-from rprune.attacks.suites import suite
 from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Batch, Loader, loader
 from rprune.errors import InputError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
+from rprune.evaluation.target import Target
 from rprune.export.compact import compact
 from rprune.models.cost import macs, parameters
 from rprune.models.flat import describe
@@ -368,7 +368,7 @@ def _scores(bench: Bench, net: nn.Module, attack: Attack | None) -> dict[str, fl
         found = predictions(classes_of(net), data)
         scores = {"validation_accuracy": found.correct / found.n, "score": found.correct / found.n}
     else:
-        result = robustness([net], classes_of(net), data, bench.threat, (attack,), seed=bench.seed)
+        result = robustness(Target(net, net), data, bench.threat, (attack,), seed=bench.seed, grid=False)
         clean = result.clean
         robust = result.correct / clean.n
         scores = {"validation_accuracy": clean.correct / clean.n, "validation_robust": robust, "score": robust}
@@ -438,7 +438,7 @@ def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None
             check_allocator(allocation)
         Budget.of(sizes, stage.sparsity, stage.floor, stage.include, stage.exclude)
     if isinstance(stage, ExportStage):
-        suite(stage.suite)
+        bench.suite(stage.suite)
     if arch is not None and (
         isinstance(stage, QuantizeStage | ShrinkStage) or (isinstance(stage, CertifyStage) and "ibp" in stage.methods)
     ):

@@ -213,7 +213,7 @@ class QAffine(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         real = self.given.dequantize(q.float()) * self.scale + self.shift
-        return self.out.quantize(real.clamp_min(0) if self.relu else real)
+        return to_integers(real / self.out.scale, self.out.zero_point, self.out.zero_point if self.relu else 0)
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self(lo), self(hi)

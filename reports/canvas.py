@@ -32,6 +32,7 @@ STYLE: Any = {
     **{"svg.fonttype": "none", "pdf.fonttype": 42, "font.sans-serif": ["DejaVu Sans"]},  # text stays text
     "text.parse_math": False,  # a name may hold a dollar sign
 }
+CHARACTER = 0.025  # its width on an x axis, as a share of the axis
 NOTHING = {  # what would change the bytes from day to day
     "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
     "png": {"Software": None},
@@ -74,6 +75,32 @@ def log_scale(axes: Any, which: Literal["x", "y"], tick: Any) -> None:
     axis = getattr(axes, f"{which}axis")
     axis.set_major_formatter(tick)
     axis.set_minor_formatter(NullFormatter())
+
+
+def compress(axes: Any, width: float, values: list[float]) -> None:
+    """Make an x axis from 0 about linear up to ``width`` and logarithmic beyond; ticks at those of ``values``, the most
+    important first, that have room."""
+    places = np.arcsinh(np.asarray(values) / width) / np.arcsinh(max(values) / width)
+    texts, ticks = [f"{value:.3g}" for value in values], [0]
+    for i in range(1, len(values)):
+        room = [0.03 + CHARACTER * (len(texts[i]) + len(texts[tick])) / 2 for tick in ticks]
+        if (np.abs(places[ticks] - places[i]) > room).all():
+            ticks.append(i)
+    axes.set_xscale("asinh", linear_width=width)
+    axes.set_xlim(*(width * np.sinh(np.arcsinh(max(values) / width) * np.array([-0.03, 1.03]))))
+    axes.set_xticks([values[i] for i in ticks], [texts[i] for i in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(f"{axes.get_xlabel()} (log scale from {width:.3g})")
+
+
+def percents(share: float, _: object) -> str:
+    """Ticks of an axis of shares."""
+    return f"{100 * share:g} %"
+
+
+def slug(name: str) -> str:
+    """A file name from any name."""
+    return re.sub(r"\W+", "-", name)
 
 
 def element(plot: Plot) -> str:

@@ -1,4 +1,4 @@
-"""Does a report clear the bar? From the report's counts alone."""
+"""Does a report clear the bar? From the report's counts alone, and from what its maker found of the attack's health."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rprune.errors import UsageError, unknown_name
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.files import digest_of
 from rprune.registry import first_problem
-from rprune.reports.schema import Gate, Report, Role, Rule
+from rprune.reports.schema import Gate, Part, Report, Role, Rule
+from rprune.reports.text import doubts
 
 LEVEL = 0.95
 OPS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
@@ -23,16 +24,20 @@ CLAIMED = ("clean_accuracy", "robust_accuracy", "certified_accuracy", "smoothed_
 MEASURED = ("sparsity", "kept", "bytes")
 
 
-class PolicyRule(BaseModel):
-    """One line of a policy: the metric of a file must be at least, or at most, a value."""
+class PolicyRule(Part):
+    """One line of a policy: the metric of a file must be at least, or at most, a value.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    ``allow_unreliable``: also by an attack that failed a check of its health, or that was ended early.
+    """
+
+    YOUNGER = frozenset({"allow_unreliable"})
 
     metric: str
     artifact: str = "onnx-int8"
     op: Literal[">=", "<="] = ">="
     value: pydantic.FiniteFloat
     bound: Literal["lower", "point"] = "lower"
+    allow_unreliable: bool = False
 
 
 class Policy(BaseModel):
@@ -63,7 +68,7 @@ def policy_of(table: dict[str, Any], origin: str) -> Policy:
         policy = Policy.model_validate(table)
     except pydantic.ValidationError as error:
         raise UsageError(
-            f"policy {origin}: {first_problem(error)}", "keys: metric, artifact, op, value, bound"
+            f"policy {origin}: {first_problem(error)}", "keys: metric, artifact, op, value, bound, allow_unreliable"
         ) from None
     for rule in policy.gate:
         if rule.metric not in CLAIMED + MEASURED:
@@ -89,7 +94,8 @@ def rule_of(text: str, op: Literal[">=", "<="], bound: Literal["lower", "point"]
 
 
 def judge(report: Report, policy: Policy) -> Gate:
-    """The outcome of every rule. A metric that the report does not claim fails its rule."""
+    """The outcome of every rule. A metric that the report does not claim fails its rule, and so does one whose attack
+    was weak or cut short, unless the rule allows that."""
     rules = [_judge(report, rule) for rule in policy.gate]
     result: Literal["passed", "failed"] = "passed" if all(rule.passed for rule in rules) else "failed"
     return Gate(policy_sha256=policy.sha256, result=result, rules=rules)
@@ -99,6 +105,10 @@ def _judge(report: Report, rule: PolicyRule) -> Rule:
     observed, words = _observe(report, rule)
     passed = observed is not None and OPS[rule.op](observed, rule.value)
     message = f"{words} {rule.op if passed else 'is not ' + rule.op} {rule.value:g}" if observed is not None else words
+    claim = report.claim(rule.metric, rule.artifact)
+    if claim is not None and (doubt := "; ".join(doubts(claim))):
+        passed = passed and rule.allow_unreliable
+        message = f"{doubt}; {'allowed: ' if rule.allow_unreliable else ''}{message}"
     return Rule(
         metric=rule.metric,
         artifact=rule.artifact,
@@ -108,6 +118,7 @@ def _judge(report: Report, rule: PolicyRule) -> Rule:
         observed=observed,
         passed=passed,
         message=message,
+        allow_unreliable=rule.allow_unreliable,
     )
 
 

@@ -14,8 +14,24 @@ from numpy.typing import NDArray
 
 from rprune.reports import plots
 from rprune.reports.canvas import DARK, LIGHT, element, styled
-from rprune.reports.schema import Report, Rule
-from rprune.reports.text import FORMS, METRICS, duration, number, percent, short, size, threat, what, words
+from rprune.reports.claim_plots import accuracy
+from rprune.reports.schema import AttackRow, Claim, Report, Rule
+from rprune.reports.text import (
+    FORMS,
+    METRICS,
+    NORMS,
+    doubts,
+    duration,
+    flags,
+    length,
+    number,
+    percent,
+    short,
+    size,
+    threat,
+    what,
+    words,
+)
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 STRIP = 8  # samples shown
@@ -33,6 +49,8 @@ class Sample:
     adversarial_prediction: str
     clean: NDArray[np.float32]  # (c, h, w) in [0, 1]
     adversarial: NDArray[np.float32]
+    attack: str = ""
+    distance: float | None = None  # norm of the perturbation
 
 
 def render_html(report: Report, samples: Sequence[Sample] = ()) -> str:
@@ -41,7 +59,9 @@ def render_html(report: Report, samples: Sequence[Sample] = ()) -> str:
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
-    filters: dict[str, Callable[..., str]] = {f.__name__: f for f in (percent, size, short, duration, number, words)}
+    filters: dict[str, Callable[..., Any]] = {
+        f.__name__: f for f in (percent, size, short, duration, number, words, doubts, flags)
+    }
     environment.filters |= filters | {"form": lambda role: FORMS.get(role, role)} | {"svg": element}
     main = "onnx-int8" if report.subject("onnx-int8") else "onnx"
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -55,10 +75,11 @@ def render_html(report: Report, samples: Sequence[Sample] = ()) -> str:
             threat=threat,
             verdict=verdict(report),
             of=lambda metric: report.claim(metric, main),
-            plots={f.__name__: f(report) for f in (plots.accuracy, plots.layers, plots.training)},
+            plots={f.__name__: f(report) for f in (accuracy, plots.layers, plots.training)},
             stages=[(entry, what(entry), _outcome(entry.metrics)) for entry in report.lineage],
             layers=[(layer, int(np.prod(layer.shape))) for layer in report.sparsity.by_layer],
-            strip=_strip(samples[:STRIP]),
+            strip=_strip(samples[:STRIP], report),
+            attacks=[(claim, _contributions(claim)) for claim in report.claims if claim.health or claim.attacks],
             rules=[(rule, *_sides(rule)) for rule in report.gate.rules] if report.gate else [],
             claims=[(claim, _flat(claim.settings)) for claim in report.claims],
             environment=_flat(report.environment),
@@ -102,12 +123,31 @@ def _sides(rule: Rule) -> tuple[str, str]:
     return "not claimed" if rule.observed is None else write(rule.observed), write(rule.threshold)
 
 
-def _strip(samples: Sequence[Sample]) -> dict[str, Any] | None:
+def _contributions(claim: Claim) -> list[tuple[AttackRow, float, float]]:
+    """Of each attack, the share of all samples that it broke, and the share that is still right after it."""
+    left, rows = claim.correct + sum(row.broken for row in claim.attacks), []
+    for row in claim.attacks:
+        left -= row.broken
+        rows.append((row, row.broken / claim.n, left / claim.n))
+    return rows
+
+
+def _strip(samples: Sequence[Sample], report: Report) -> dict[str, Any] | None:
     if not samples:
         return None
     largest = max(float(np.abs(s.adversarial - s.clean).max()) for s in samples)
     factor = max(1, int(0.5 / largest)) if largest > 0 else 1
-    columns = [(s, _png(s.clean), _png(0.5 + factor * (s.adversarial - s.clean)), _png(s.adversarial)) for s in samples]
+    norm = NORMS[report.threat.norm]
+    columns = [
+        {
+            "sample": s,
+            "clean": _png(s.clean),
+            "added": _png(0.5 + factor * (s.adversarial - s.clean)),
+            "adversarial": _png(s.adversarial),
+            "size": "" if s.distance is None else f"{norm} {length(s.distance, report.threat)}",
+        }
+        for s in samples
+    ]
     return {"factor": factor, "columns": columns}
 
 

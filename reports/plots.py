@@ -1,4 +1,4 @@
-"""The plots of a report: accuracies, kept share of each layer, weights kept and pruned, curves by epoch.
+"""The plots of a report: those of its claims, kept share of each layer, weights kept and pruned, curves by epoch.
 
 What a report does not hold is left out.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,14 @@ from rprune.reports.canvas import (
     axes,
     content,
     log_scale,
+    percents,
+    slug,
     styled,
 )
-from rprune.reports.schema import Claim, Interval, LineageEntry, Report
-from rprune.reports.text import FORMS, METRICS, number, percent, threat, what, words
+from rprune.reports.claim_plots import accuracy
+from rprune.reports.schema import LineageEntry, Report
+from rprune.reports.text import number, percent, what, words
 
-COLOURS = dict(zip(METRICS, (BLUE, ORANGE, GREEN, PURPLE), strict=True))
 SHARES = {  # dashes tell lines apart where colours do not
     "validation_accuracy": ("-", BLUE),
     "validation_robust": ("--", ORANGE),
@@ -51,12 +52,6 @@ def plots(report: Report) -> list[Plot]:
     return [*accuracy(report), *layers(report), *training(report)]
 
 
-def accuracy(report: Report) -> list[Plot]:
-    """Accuracies of each file, and a curve for each claim that holds for several radii."""
-    bars = _accuracy_bars(report)
-    return [*([bars] if bars else []), *(_curve(claim) for claim in report.claims if claim.curve)]
-
-
 def layers(report: Report) -> list[Plot]:
     """Kept share of each layer beside uniform, ERK and LAMP at the same budget (HARP, Fig. 4 and 11)."""
     return [_density(report)] if report.sparsity.by_layer else []
@@ -67,63 +62,6 @@ def training(report: Report) -> list[Plot]:
     makers = (_epochs, _search, _histogram)
     made = [make(place, entry) for place, entry in enumerate(report.lineage, 1) for make in makers]
     return [plot for plot in made if plot is not None]
-
-
-def _accuracy_bars(report: Report) -> Plot | None:
-    """Clean, robust and certified of each file. Smoothing answers another question, so it has no bar here."""
-    roles = [role for role in FORMS if any(claim.artifact == role for claim in report.claims)]
-    if not roles:
-        return None
-    figure, (axis,) = axes(2.8)
-    said = []
-    for k, (metric, label) in enumerate(list(METRICS.items())[:3]):
-        found = [(i + (k - 1) * 0.28, claim) for i, role in enumerate(roles) if (claim := report.claim(metric, role))]
-        if not found:
-            continue
-        at, values = [x for x, _ in found], [claim.value for _, claim in found]
-        spread = [(c.value - c.interval.lower, c.interval.upper - c.value) for _, c in found]
-        axis.bar(at, values, 0.24, color=COLOURS[metric], label=label)
-        axis.errorbar(at, values, np.clip(spread, 0, 1).T, fmt="none", color=INK, elinewidth=1.2, capsize=3)
-        for x, c in found:
-            axis.annotate(percent(c.value), (x, c.interval.upper), (0, 3), textcoords="offset points", ha="center")
-            said.append(f"{label.lower()} {percent(c.value)} ({FORMS[c.artifact]})")
-    axis.set_xticks(range(len(roles)), [FORMS[role] for role in roles])
-    axis.set_xlim(-0.55, len(roles) - 0.45)
-    axis.grid(visible=False, axis="x")
-    axis.set_ylim(0, 1.08)
-    axis.set_yticks(np.linspace(0, 1, 6))
-    axis.set_ylabel("share of test images")
-    axis.yaxis.set_major_formatter(_percents)
-    figure.legend(loc="outside upper left", ncols=3)
-    caption = (
-        f"Each file by itself, with 95 % Clopper-Pearson intervals. Robust: {threat(report.threat)}, an upper bound; "
-        "certified: a lower bound."
-    )
-    return Plot("accuracy", caption, f"Accuracy of each file: {', '.join(said)}", figure)
-
-
-def _curve(claim: Claim) -> Plot:
-    figure, (axis,) = axes(2.8)
-    points = sorted(claim.curve, key=lambda point: point.at)
-    norm, eps = (claim.threat.norm, claim.threat.eps.replace(" ", "")) if claim.threat else ("", "")
-    of_pixels = eps.endswith("/255")  # the unit that the user thinks in
-    x = [point.at * (255 if of_pixels else 1) for point in points]
-    lower, upper = np.transpose([(i.lower, i.upper) for i in (Interval.of(p.correct, claim.n) for p in points)])
-    colour, unit = COLOURS[claim.metric], ", in 1/255" if of_pixels else ""
-    axis.fill_between(x, lower, upper, color=colour, alpha=0.18, linewidth=0)
-    axis.plot(x, [point.value for point in points], color=colour, marker="o", markersize=4)
-    name = "radius" if claim.kind == "certified-probabilistic" else "eps"
-    axis.set_xlabel(f"{norm.replace('linf', 'L∞').upper()} {name}{unit}".strip())
-    axis.set_ylim(0, min(1.0, upper.max() * 1.1))
-    axis.set_ylabel(words(claim.metric))
-    axis.yaxis.set_major_formatter(_percents)
-    caption = (
-        f"{words(claim.metric).capitalize()}, {FORMS.get(claim.artifact, claim.artifact)}: {claim.method}, "
-        f"n = {number(claim.n)}. Band: 95 % Clopper-Pearson."
-    )
-    ends = [f"{percent(p.value)} at {x:.3g}" for p, x in zip((points[0], points[-1]), (x[0], x[-1]), strict=True)]
-    alt = f"{words(claim.metric)} by {name}{unit}: {' to '.join(ends)}"
-    return Plot(_slug(f"curve-{claim.id}"), caption, alt, figure)
 
 
 def _density(report: Report) -> Plot:
@@ -146,9 +84,9 @@ def _density(report: Report) -> Plot:
     axis.set_yticks(rows, [name.removesuffix(".weight") for name in names])
     axis.set_ylim(len(names) - 0.4, -0.6)
     if left:
-        log_scale(axis, "x", _percents)
+        log_scale(axis, "x", percents)
     axis.set_xlim(left, 1)
-    axis.xaxis.set_major_formatter(_percents)
+    axis.xaxis.set_major_formatter(percents)
     axis.set_xlabel(f"kept share of the layer's weights{' (log scale)' if left else ''}")
     axis.grid(visible=False, axis="y")
     for i, share in enumerate(kept.values()):
@@ -196,7 +134,7 @@ def _histogram(place: int, entry: LineageEntry) -> Plot | None:
         f"Histogram of the weights before pruning: {number(int(kept.sum()))} kept, between {edges[inside[0]]:.3g} and "
         f"{edges[inside[-1] + 1]:.3g}; {number(int(pruned.sum()))} pruned"
     )
-    return Plot(_slug(f"weights-{place:02d}-{entry.stage}"), f"{entry.stage}: weights kept and pruned.", alt, figure)
+    return Plot(slug(f"weights-{place:02d}-{entry.stage}"), f"{entry.stage}: weights kept and pruned.", alt, figure)
 
 
 def _epochs(place: int, entry: LineageEntry) -> Plot | None:
@@ -251,10 +189,10 @@ def _curves(
             axis.axvline(selected, color=INK, linestyle=":", linewidth=1)
         if names == ["kept_share"] and isinstance(sparsity := entry.config.get("sparsity"), int | float):
             axis.axhline(1 - sparsity, color=INK, linestyle="--", linewidth=1, label="budget")
-        tick = _percents if _is_share(names[0]) else _counts
+        tick = percents if _is_share(names[0]) else _counts
         if label != "share of images" and max(values) > 100 * min(values) > 0:
             log_scale(axis, "y", tick)
-        elif tick is _percents:
+        elif tick is percents:
             axis.yaxis.set_major_formatter(tick)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -264,7 +202,7 @@ def _curves(
                         ncols=2 if max(map(len, names)) < 7 else 1)  # fmt: skip
     dotted = "" if selected is None else f"; dotted: the selected epoch, {number(selected)}"
     alt = f"{entry.stage}, {len(entry.history)} epochs: {'; '.join(said)}"
-    return Plot(_slug(f"{kind}-{place:02d}-{entry.stage}"), f"{entry.stage}: {caption}{dotted}.", alt, figure)
+    return Plot(slug(f"{kind}-{place:02d}-{entry.stage}"), f"{entry.stage}: {caption}{dotted}.", alt, figure)
 
 
 def _is_share(key: str) -> bool:
@@ -283,20 +221,12 @@ def _table(tables: dict[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name)
-
-
 def _list(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _text(key: str, value: float) -> str:
     return percent(value) if _is_share(key) else f"{value:.3g}"
-
-
-def _percents(share: float, _: object) -> str:
-    return f"{100 * share:g} %"
 
 
 def _counts(count: float, _: object) -> str:

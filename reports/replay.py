@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 
 from rprune.data.splits import Split
 from rprune.export.session import OnnxClassifier
+from rprune.reports.evidence import Witnesses, distances, read_samples, read_witnesses, unit
 from rprune.reports.schema import Claim, Report
 
 BALL_TOLERANCE = 1e-6  # float32 rounding of x + delta
+SIZE_TOLERANCE = 1e-4  # of a norm that was summed in float32, relative
 Outcome = tuple[bool, str]
 
 
@@ -46,7 +49,7 @@ class Replay:
     def predict(self, role: str, n: int) -> NDArray[np.int64]:
         if n > len(self.test):
             raise ValueError(f"{n} samples are claimed, the test split has {len(self.test)}")
-        return self.session(role).predict(_unit(self.test.pixels(0, n)))
+        return self.session(role).predict(unit(self.test.pixels(0, n)))
 
     def clean(self, claim: Claim) -> Outcome:
         correct = int((self.predict(claim.artifact, claim.n) == self.test.labels[: claim.n]).sum())
@@ -66,45 +69,68 @@ class Replay:
 
     @cached_property
     def rows(self) -> list[dict[str, str]]:
-        with self.paths[self.report.evidence.samples].open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_samples(self.paths[self.report.evidence.samples])
 
     @cached_property
-    def witnesses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        from safetensors.numpy import load_file
+    def witnesses(self) -> Witnesses:
+        found = read_witnesses(self.paths[self.report.evidence.witnesses])
+        if len(found.index) and not 0 <= found.index[0] <= found.index[-1] < self.attacked.n:
+            raise ValueError("witness indices lie outside the samples")
+        if found.points.shape[1:] != self.test.shape:
+            raise ValueError(f"witnesses have shape {found.points.shape}")
+        return found
 
-        found = load_file(self.paths[self.report.evidence.witnesses])
-        index, points = found["index"], found["x"]
-        distinct = len(np.unique(index)) == len(index)
-        if not distinct or (len(index) and not 0 <= index.min() <= index.max() < self.attacked.n):
-            raise ValueError("witness indices repeat or lie outside the samples")
-        if points.shape != (len(index), *self.test.shape):
-            raise ValueError(f"witnesses have shape {points.shape}")
-        return index, points
+    @cached_property
+    def sizes(self) -> NDArray[np.float64]:
+        """Norm of each witness's perturbation, in the norm of the claim."""
+        threat, points = self.attacked.threat, self.witnesses.points
+        assert threat is not None
+        clean = [unit(self.test.pixels(i, i + 1)[0]) for i in self.witnesses.index.tolist()]
+        return distances(points - np.stack(clean) if clean else points, threat.norm)
 
     @cached_property
     def fooled(self) -> NDArray[np.int64]:
         """What the file calls the witnesses."""
-        _, points = self.witnesses
+        points = self.witnesses.points
         return self.session(self.main).predict(points) if len(points) else np.zeros(0, np.int64)
 
     def witness_set(self) -> Outcome:
         """The file has claims of clean and robust accuracy, and each witness belongs to one sample of the latter."""
-        index, _ = self.witnesses
+        exact = self.witnesses.exact
         claimed = self.report.claim("clean_accuracy", self.main) is not None
-        return claimed, f"{len(index)} witnesses for samples of {self.attacked.id}"
+        return claimed, f"{len(exact)} witnesses for samples of {self.attacked.id}, {int(exact.sum())} in 8-bit pixels"
 
     def samples(self) -> Outcome:
-        """Each row against prediction, label and witness."""
-        index, _ = self.witnesses
-        adversarial = dict(zip(index.tolist(), self.fooled.tolist(), strict=True))
+        """Each row against prediction, label and witness; the rows of each attack against what it is said to add."""
+        adversarial = dict(zip(self.witnesses.index.tolist(), self.fooled.tolist(), strict=True))
         wanted = [
             (str(i), str(label), str(guess), str(adversarial.get(i, "")), i in adversarial)
             for i, (label, guess) in enumerate(zip(self.test.labels.tolist(), self.predicted.tolist(), strict=False))
         ]
         columns = ("index", "label", "clean_prediction", "adversarial_prediction")
         found = [(*(row[name] for name in columns), bool(row["attack"])) for row in self.rows]
-        return found == wanted, f"{len(found)} rows of predictions equal the evidence"
+        if found != wanted:
+            return False, "rows of predictions differ from what the file says"
+        stated = {row.name: row.broken for row in self.attacked.attacks}
+        counted = Counter(row["attack"] for row in self.rows if row["attack"])
+        if stated and counted != Counter(stated):
+            return False, "attacks broke other numbers of samples than the report says"
+        return self._witness_columns(), f"{len(found)} rows of predictions equal the evidence"
+
+    def _witness_columns(self) -> bool:
+        """Kind and distance of every witness, where the file has these columns."""
+        if "witness" not in self.rows[0]:
+            return True
+        found = self.witnesses
+        kinds = dict(zip(found.index.tolist(), np.where(found.exact, "uint8", "float").tolist(), strict=True))
+        sizes = dict(zip(found.index.tolist(), self.sizes.tolist(), strict=True))
+        same = all(row["witness"] == kinds.get(i, "") for i, row in enumerate(self.rows))
+        return same and all(
+            math.isclose(float(row["distance"]), sizes[i], rel_tol=SIZE_TOLERANCE, abs_tol=BALL_TOLERANCE)
+            if i in sizes
+            else row["distance"] == ""
+            for i, row in enumerate(self.rows)
+        )
 
     def certified(self) -> Outcome:
         """Certified samples are right, and none is broken by an attack that the certificate covers."""
@@ -113,37 +139,25 @@ class Replay:
         if claim is None or claim.threat is None:
             return not rows, "nothing is certified"
         wrong = [row for row in rows if row["label"] != row["clean_prediction"]]
-        attacked = self.report.threat
-        covers = claim.threat.norm == attacked.norm and claim.threat.eps_float >= attacked.eps_float
-        broken = [row for row in rows if row["attack"]] if covers else []
+        broken = [row for row in rows if row["attack"]] if claim.threat.covers(self.report.threat) else []
         return (
             len(rows) == claim.correct and not wrong and not broken,
             f"{len(rows)} certified samples, none broken; the bounds themselves are self-attested",
         )
 
     def ball(self) -> Outcome:
-        index, points = self.witnesses
-        threat = self.attacked.threat
+        points, threat = self.witnesses.points, self.attacked.threat
         assert threat is not None
-        clean = [self.test.pixels(i, i + 1)[0] for i in index.tolist()]
-        delta = (points - _unit(np.stack(clean)) if clean else points).astype(np.float64)
-        axes = (1, 2, 3)
-        size = np.abs(delta).max(axes, initial=0) if threat.norm == "linf" else np.sqrt((delta**2).sum(axes))
-        inside = bool((size <= threat.eps_float + BALL_TOLERANCE).all() and ((points >= 0) & (points <= 1)).all())
-        right = inside and len(index) == self.report.evidence.witness_count
-        return right, f"{len(index)} points within {threat.norm} {threat.eps} and [0,1]"
+        inside = bool((self.sizes <= threat.eps_float + BALL_TOLERANCE).all() and ((points >= 0) & (points <= 1)).all())
+        right = inside and len(points) == self.report.evidence.witness_count
+        return right, f"{len(points)} points within {threat.norm} {threat.eps} and [0,1]"
 
     def fool(self) -> Outcome:
-        index, _ = self.witnesses
-        wrong = self.fooled != self.test.labels[index]
-        return bool(wrong.all()), f"{int(wrong.sum())} of {len(index)} misclassified in ONNX Runtime"
+        wrong = self.fooled != self.test.labels[self.witnesses.index]
+        return bool(wrong.all()), f"{int(wrong.sum())} of {len(wrong)} misclassified in ONNX Runtime"
 
     def robust(self) -> Outcome:
         broken = np.zeros(self.attacked.n, bool)
-        broken[self.witnesses[0]] = True
+        broken[self.witnesses.index] = True
         most = int(((self.predicted == self.test.labels[: self.attacked.n]) & ~broken).sum())
         return most == self.attacked.correct, f"{most} of {self.attacked.n} samples are right and have no witness"
-
-
-def _unit(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return pixels.astype(np.float32) / np.float32(255)

@@ -1,13 +1,14 @@
 """The integrity report ``rprune.report/1``: what was made, how, and what is claimed of it, with the counts behind it.
 
 Accuracies are fractions with their counts beside them; eps stands as it was written and as a float. An absent optional
-field means that nothing is claimed.
+field means that nothing is claimed. A field younger than the first reports is not written at its default, so that the
+ids of reports without it still hold.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -20,10 +21,24 @@ from rprune.threat import ThreatModel
 
 SCHEMA = "rprune.report/1"
 Role = Literal["onnx-int8", "onnx", "weights", "masks", "evidence"]
+Count = Annotated[int, pydantic.Field(ge=0)]
+Distance = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    YOUNGER: ClassVar[frozenset[str]] = frozenset()  # fields that are not written at their default
+
+    @pydantic.model_serializer(mode="wrap")
+    def _write(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, write(self), self.YOUNGER)
+
+
+def without_defaults(model: BaseModel, table: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The dumped ``table`` of a model without those of ``names`` that are at their default."""
+    kept = {name for name in names if getattr(model, name) != type(model).model_fields[name].default}
+    return {name: value for name, value in table.items() if name not in names or name in kept}
 
 
 class Subject(Part):
@@ -60,6 +75,10 @@ class Threat(Part):
     def model(self) -> ThreatModel:
         return ThreatModel(self.norm, self.eps)
 
+    def covers(self, other: Threat) -> bool:
+        """What is proved under this threat holds under the other."""
+        return self.norm == other.norm and self.eps_float >= other.eps_float
+
 
 class Point(Part):
     """One point of a curve: certified or robust accuracy at another eps or radius."""
@@ -69,8 +88,72 @@ class Point(Part):
     value: float
 
 
+class HealthCheck(Part):
+    """One sign that an attack was weak. ``value`` None: it did not apply, and ``detail`` says why."""
+
+    id: str = pydantic.Field(pattern=r"^R([1-9]|1[0-5])$")
+    name: str
+    value: pydantic.FiniteFloat | None = None
+    limit: pydantic.FiniteFloat
+    passed: bool
+    detail: str
+
+    @classmethod
+    def of(cls, id: str, name: str, value: float | None, limit: float, detail: str = "") -> HealthCheck:
+        return cls(id=id, name=name, value=value, limit=limit, passed=value is None or value <= limit, detail=detail)
+
+    @pydantic.model_validator(mode="after")
+    def _follows(self) -> HealthCheck:
+        if self.passed != (self.value is None or self.value <= self.limit):
+            raise ValueError(f"{self.id}: passed={self.passed} at {self.value} of at most {self.limit}")
+        return self
+
+
+class Health(Part):
+    """Whether the attack behind a claim can be trusted to have been strong: every check passed."""
+
+    status: Literal["ok", "failed"]
+    checks: list[HealthCheck]
+
+    @classmethod
+    def of(cls, checks: list[HealthCheck]) -> Health:
+        return cls(status="ok" if all(check.passed for check in checks) else "failed", checks=checks)
+
+    @pydantic.model_validator(mode="after")
+    def _follows(self) -> Health:
+        if len({check.id for check in self.checks}) < len(self.checks):
+            raise ValueError("a health check is there twice")
+        if (self.status == "ok") != (not self.failed):
+            raise ValueError(f"health is {self.status}, and {len(self.failed)} checks failed")
+        return self
+
+    @property
+    def failed(self) -> list[HealthCheck]:
+        return [check for check in self.checks if not check.passed]
+
+
+class AttackRow(Part):
+    """One attack of a suite, run on the samples that the attacks before it left."""
+
+    name: str
+    kind: Literal["white-box", "black-box", "transfer"]
+    tried: Count
+    broken: Count  # by the file's own verdict
+    misses: Count  # fooled the search net only
+    invalid: Count = 0  # points at which the file has no finite logits: no success
+    queries: Count  # forward passes
+
+
 class Claim(Part):
-    """One machine-checkable statement about one file."""
+    """One machine-checkable statement about one file.
+
+    For robust accuracy, ``curve`` is the security curve over eps (from 0 to a huge one, the claim's own among them),
+    ``attacks`` has a row for each attack of the suite, in order, ``distances`` the smallest perturbation found for each
+    of the first samples that are right, in the threat's norm (None: none was found), and ``complete`` is false when a
+    time budget ended the attacks early.
+    """
+
+    YOUNGER = frozenset({"health", "attacks", "distances", "complete"})
 
     id: str
     artifact: Role
@@ -86,6 +169,15 @@ class Claim(Part):
     settings: dict[str, Any] = {}
     sound_for: str = ""  # what exactly the number holds for
     curve: list[Point] = []
+    health: Health | None = None  # None: not examined
+    attacks: list[AttackRow] = []
+    distances: list[Distance | None] = []
+    complete: bool = True
+
+    @property
+    def reliable(self) -> bool:
+        """No health check failed."""
+        return self.health is None or self.health.status == "ok"
 
     @pydantic.model_validator(mode="after")
     def _counts_fit(self) -> Claim:
@@ -149,7 +241,11 @@ class DataUsed(Part):
 
 
 class Evidence(Part):
-    """Files that let others check the claims."""
+    """Files that let others check the claims.
+
+    Witnesses are points that the file misclassifies, each sample's in one of two pairs of tensors: ``index`` and ``x``
+    (uint8, on the grid of 8-bit pixels), ``float_index`` and ``float_x`` (float32, where the grid has none).
+    """
 
     samples: str = "evidence/samples.csv"
     witnesses: str = "evidence/adversarial.safetensors"
@@ -165,6 +261,9 @@ class Rule(Part):
     observed: float | None = None
     passed: bool
     message: str
+    allow_unreliable: bool = False
+
+    YOUNGER = frozenset({"allow_unreliable"})
 
 
 class Gate(Part):

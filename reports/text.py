@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rprune.reports.schema import LineageEntry, Threat
+from rprune.reports.schema import Claim, LineageEntry, Threat
 
 METRICS = {
     "clean_accuracy": "Clean",
@@ -56,6 +56,31 @@ def words(name: str) -> str:
 
 def threat(threat: Threat) -> str:
     return f"{NORMS[threat.norm]}, eps {threat.eps}"
+
+
+def length(distance: float, threat: Threat) -> str:
+    """A perturbation's norm in the unit of the threat's eps."""
+    return f"{255 * distance:.3g}/255" if in_steps(threat) else f"{distance:.3g}"
+
+
+def in_steps(threat: Threat) -> bool:
+    """eps was written in steps of 8-bit pixels."""
+    return threat.eps.replace(" ", "").endswith("/255")
+
+
+def doubts(claim: Claim) -> list[str]:
+    """Why a claim is weaker than its kind says; each begins with the word that flags its number."""
+    found = []
+    if claim.health is not None and not claim.reliable:
+        found.append("UNRELIABLE: " + ", ".join(f"{check.id} {check.name}" for check in claim.health.failed))
+    if not claim.complete:
+        found.append("INCOMPLETE: a time budget ended the attacks early")
+    return found
+
+
+def flags(claim: Claim) -> list[str]:
+    """The words to stand beside the number of a claim, in every rendering."""
+    return [doubt.partition(":")[0] for doubt in doubts(claim)]
 
 
 def what(entry: LineageEntry) -> str:

@@ -1,8 +1,9 @@
 """Re-check a bundle without trusting who made it, and without torch.
 
 Levels, each including the ones before: ``hash`` (files are the ones the report names, and the report is the one its id
-names), ``static`` (sparsity, sizes, zeros, intervals, curves and gate follow from the files and counts), ``replay``
-(predictions, witnesses and counts are reproduced by ONNX Runtime on the data).
+names), ``static`` (sparsity, sizes, zeros, intervals, curves, what each attack added, and gate follow from the files
+and counts), ``replay`` (predictions, witnesses and counts are reproduced by ONNX Runtime on the data). That an attack's
+health follows from its checks is part of reading a report; their values stand as its maker measured them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.export.session import stored_weights
 from rprune.files import digest_of, file_digest
+from rprune.reports.evidence import read_samples
 from rprune.reports.gate import Policy, PolicyRule, judge
 from rprune.reports.replay import Replay
 from rprune.reports.schema import Claim, Report, read_report
+from rprune.reports.text import flags
 
 Level = Literal["hash", "static", "replay"]
 LEVELS: tuple[Level, ...] = ("hash", "static", "replay")
@@ -120,7 +123,8 @@ def _static(
     result: Verification, report: Report, paths: dict[str, Path], roles: dict[Any, Path], policy: Policy | None
 ) -> None:
     result.check("sizes", lambda: _sizes(report, paths))
-    result.check("evidence", lambda: _evidence(report))
+    if result.check("evidence", lambda: _evidence(report)):
+        result.check("sample rows", lambda: _sample_rows(paths[report.evidence.samples]))
     result.check("sparsity", lambda: _sparsity(report, roles))
     if report.sparsity.int8_zeros_equal_float_zeros is not None:
         result.check("zeros", lambda: _zeros(report, roles))
@@ -128,6 +132,10 @@ def _static(
         result.check("8 bit", lambda: _int8(roles["onnx-int8"]))
     for claim in report.claims:
         result.check(claim.id, lambda claim=claim: _arithmetic(claim, report))  # type: ignore[misc]
+        if claim.curve and claim.metric == "robust_accuracy":
+            result.check(f"curve of {claim.id}", lambda claim=claim: _curve(claim, report))  # type: ignore[misc]
+        if claim.attacks:
+            result.check(f"attacks of {claim.id}", lambda claim=claim: _attacks(claim, report))  # type: ignore[misc]
     result.check("lineage", lambda: _lineage(report))
     if report.gate is not None or policy is not None:
         result.check("gate", lambda: _gate(report, policy))
@@ -146,6 +154,21 @@ def _sizes(report: Report, paths: dict[str, Path]) -> tuple[bool, str]:
 def _evidence(report: Report) -> tuple[bool, str]:
     hashed = {subject.name for subject in report.subjects if subject.role == "evidence"}
     return {report.evidence.samples, report.evidence.witnesses} <= hashed, "evidence files are among the hashed files"
+
+
+def _sample_rows(path: Path) -> tuple[bool, str]:
+    """Every cell reads as what it is; what only some files have is there for all rows or for none."""
+    rows = read_samples(path)
+    for row in rows:
+        witness = row.get("witness", "")
+        right = row["certified"] in ("", "0", "1") and witness in ("", "uint8", "float")
+        right = right and int(row.get("queries", 0)) >= 0 and not math.isnan(float(row.get("margin") or 0))
+        right = right and 0 <= float(row.get("distance") or 0) < math.inf
+        if "witness" in row:
+            right = right and bool(row["attack"]) == bool(witness) == bool(row["distance"])
+        if not right:
+            return False, f"sample {row['index']} makes no sense"
+    return True, f"{len(rows)} rows of {path.name} read"
 
 
 def _sparsity(report: Report, roles: dict[Any, Path]) -> tuple[bool, str]:
@@ -184,9 +207,47 @@ def _arithmetic(claim: Claim, report: Report) -> tuple[bool, str]:
     right = right and _close(claim.interval.lower, lower) and _close(claim.interval.upper, upper)
     right = right and any(s.role == claim.artifact and s.sha256 == claim.sha256 for s in report.subjects)
     right = right and all(_close(p.value, p.correct / claim.n) for p in claim.curve)
+    right = right and len(claim.distances) <= claim.n
     if claim.metric == "smoothed_certified_accuracy":
         right = right and _radii(claim)
-    return right, f"{claim.correct}/{claim.n} = {claim.value:.4f}, interval recomputed"
+    said = ", ".join([f"{claim.correct}/{claim.n} = {claim.value:.4f}", *flags(claim), "interval recomputed"])
+    return right, said
+
+
+def _clean(claim: Claim, report: Report) -> int:
+    """Right samples of those that were attacked."""
+    found = report.claim("clean_accuracy", claim.artifact)
+    if found is None or found.n != claim.n:
+        raise ValueError(f"no clean accuracy of {claim.artifact} for the same {claim.n} samples")
+    return found.correct
+
+
+def _curve(claim: Claim, report: Report) -> tuple[bool, str]:
+    """The security curve starts at the clean accuracy, passes through the claim, and never rises."""
+    points = sorted((point.at, point.correct) for point in claim.curve)
+    counts, at = [count for _, count in points], dict(points)
+    right = len(at) == len(points) and points[0] == (0, _clean(claim, report)) and counts[-1] >= 0
+    right = right and counts == sorted(counts, reverse=True)
+    right = right and claim.threat is not None and at.get(claim.threat.eps_float) == claim.correct
+    return right, f"{len(points)} points from clean accuracy down to {counts[-1]} of {claim.n} at eps {points[-1][0]:g}"
+
+
+def _attacks(claim: Claim, report: Report) -> tuple[bool, str]:
+    """Each attack tried what the ones before it left, and together they broke what is not robust."""
+    clean, proved = _clean(claim, report), report.claim("certified_accuracy", claim.artifact)
+    broken = sum(row.broken for row in claim.attacks)
+    right = broken + claim.correct == clean and len({row.name for row in claim.attacks}) == len(claim.attacks)
+    right = right and all(row.broken + row.misses <= row.tried for row in claim.attacks)
+    covered = proved and proved.threat and claim.threat and proved.threat.covers(claim.threat)
+    left, skipped = clean, proved.correct if proved and covered else 0
+    for row in claim.attacks:
+        if row.tried:  # else it did not run
+            least = left - skipped if claim.complete else 0
+            right = right and least <= row.tried <= left
+            left, skipped = row.tried - row.broken, 0
+    ran = any(row.tried for row in claim.attacks) or left <= skipped
+    right = right and (ran or not claim.complete)
+    return right, f"of {clean} right samples {broken} broken, {claim.correct} left"
 
 
 def _radii(claim: Claim) -> bool:
@@ -219,7 +280,7 @@ def _lineage(report: Report) -> tuple[bool, str]:
 def _gate(report: Report, policy: Policy | None) -> tuple[bool, str]:
     if report.gate is None:
         return False, "the report was not judged"
-    names = ("metric", "artifact", "op", "bound")
+    names = ("metric", "artifact", "op", "bound", "allow_unreliable")
     rules = tuple(
         PolicyRule.model_validate({name: getattr(rule, name) for name in names} | {"value": rule.threshold})
         for rule in report.gate.rules

@@ -86,3 +86,9 @@ def vectors_others():
     import json
 
     return json.loads((Path(__file__).parent / "data" / "vectors-others.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def oracle_net(load_helper):
+    """(net, x, y): adversarially trained net and 256 images of the attack oracle (linf 0.08)."""
+    return load_helper("oracles/attack_oracle.py").load()

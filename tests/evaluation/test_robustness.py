@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,12 +9,14 @@ from torch import Tensor, nn
 from rprune.attacks.base import Attack, Found
 from rprune.attacks.fgsm import FGSM
 from rprune.attacks.pgd import PGD
+from rprune.attacks.transfer import Transfer
 from rprune.certification.ibp import certified
 from rprune.certification.smoothing import ABSTAIN, Smoothed, Smoothing
 from rprune.data.loaders import Resident
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import SmoothedSet, certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
+from rprune.evaluation.target import Target
 from rprune.models.graph import trace
 from rprune.threat import ThreatModel
 
@@ -61,8 +62,28 @@ def data(net: Net) -> Resident:
 ATTACK = PGD(steps=5, restarts=2)
 
 
-def run(net, data, *, search=None, verify=None, attacks=(ATTACK,), **options):
-    return robustness(search or [net], verify or classes_of(net), data, THREAT, list(attacks), **options)
+class Verdicts(nn.Module):
+    """An artifact that is known by its classes alone."""
+
+    def __init__(self, predict) -> None:
+        super().__init__()
+        self.predict = predict
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(self.predict(x), 3).float()
+
+
+def run(net, data, *, search=None, verify=None, parents=(), attacks=(ATTACK,), **options):
+    artifact = net if verify is None else Verdicts(verify)
+    return robustness(Target(artifact, search or net, parents), data, THREAT, list(attacks), **options)
+
+
+def queries(found) -> int:
+    return int(found.queries.sum())
+
+
+def misses(found) -> int:
+    return sum(tally.misses for tally in found.tallies)
 
 
 def test_some_samples_break_and_some_do_not(net: Net, data: Resident) -> None:
@@ -91,11 +112,11 @@ def test_only_the_verdict_of_the_artifact_counts(net: Net, data: Resident) -> No
 
     found = run(net, data, verify=always_right, batch_size=60)
     assert found.correct == 60
-    assert found.misses > 0
+    assert misses(found) > 0
     assert len(found.broken_ids) == 0
-    assert found.points.shape == (0, *SHAPE)
+    assert len(found.points) == 0
     honest = run(net, data)
-    assert honest.misses == 0
+    assert misses(honest) == 0
 
 
 def test_artifact_that_breaks_where_the_search_net_does_not_counts_as_broken(net: Net, data: Resident) -> None:
@@ -106,10 +127,10 @@ def test_artifact_that_breaks_where_the_search_net_does_not_counts_as_broken(net
     def brittle(x: Tensor) -> Tensor:
         return torch.tensor([0 if image.numpy().tobytes() in known else 2 for image in x])
 
-    found = run(net, zeros, search=[Constant().eval()], verify=brittle, attacks=[PGD(steps=1)])
+    found = run(net, zeros, search=Constant().eval(), verify=brittle, attacks=[PGD(steps=1)], grid=False)
     assert found.clean.correct == 60
     assert found.correct == 0
-    assert found.misses == 0
+    assert misses(found) == 0
     assert found.adversarial.tolist() == [2] * 60
 
 
@@ -120,7 +141,7 @@ def test_clean_errors_are_not_robust_and_not_attacked(net: Net, data: Resident) 
     assert torch.equal(found.clean.right, torch.arange(60) >= 6)
     everything_wrong = Resident(data.images, (classes_of(net)(data.images.float() / 255) + 1) % 3)
     nothing = run(net, everything_wrong)
-    assert (nothing.correct, nothing.queries, nothing.misses, len(nothing.broken_ids)) == (0, 0, 0, 0)
+    assert (nothing.correct, queries(nothing), misses(nothing), len(nothing.broken_ids)) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("attack", [ATTACK, FGSM(), PGD(steps=3, start="near", loss="margin")])
@@ -130,28 +151,14 @@ def test_batch_size_does_not_matter(net: Net, data: Resident, attack: Attack) ->
         found = run(net, data, attacks=[attack], batch_size=size)
         assert torch.equal(found.robust, whole.robust)
         assert torch.equal(found.broken_ids, whole.broken_ids)
-        assert found.queries == whole.queries
+        assert torch.equal(found.queries, whole.queries)
         torch.testing.assert_close(found.points, whole.points, rtol=0, atol=1e-6)
 
 
-class Shuffled:
-    """The same samples with their own ids, in batches of another order."""
-
-    def __init__(self, data: Resident) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def shuffled(self, batch_size, generator, augment):
-        return self.data.shuffled(batch_size, generator, augment)
-
-    def ordered(self, batch_size: int, limit: int | None = None):
-        return reversed(list(self.data.ordered(batch_size, limit)))
-
-
-def test_order_of_the_batches_does_not_matter(net: Net, data: Resident) -> None:
-    whole, found = run(net, data), run(net, Shuffled(data), batch_size=10)
+def test_order_of_the_samples_asked_for_does_not_matter(net: Net, data: Resident) -> None:
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    whole, found = run(net, data), run(net, data, ids=order, batch_size=10)
+    assert torch.equal(found.ids, torch.arange(60))
     assert torch.equal(found.broken_ids, whole.broken_ids)
     torch.testing.assert_close(found.points, whole.points, rtol=0, atol=1e-6)
     assert found.clean.correct == whole.clean.correct
@@ -195,7 +202,7 @@ class Recorder(nn.Module):
 def test_each_attack_and_net_is_tried_on_survivors_alone(net: Net, data: Resident) -> None:
     other = Recorder(Net(seed=0)).eval()
     own = run(net, data, attacks=[FGSM()])
-    both = run(net, data, search=[net, other], attacks=[FGSM(), ATTACK])
+    both = run(net, data, parents=(other,), attacks=[FGSM(), Transfer(attack=ATTACK)])
     assert max(other.sizes) <= own.correct
     assert both.correct <= own.correct
     by = dict(zip(both.broken_ids.tolist(), both.broken_by, strict=True))
@@ -203,40 +210,41 @@ def test_each_attack_and_net_is_tried_on_survivors_alone(net: Net, data: Residen
 
 
 def test_transferred_points_are_named(net: Net, data: Resident) -> None:
-    found = run(net, data, search=[Constant().eval(), net], attacks=[FGSM(), ATTACK])
-    assert set(found.broken_by) <= {"fgsm", "pgd", "fgsm transferred", "pgd transferred"}
-    assert {"fgsm transferred", "pgd transferred"} & set(found.broken_by)
-    alone = run(net, data, search=[Constant().eval()], attacks=[FGSM(), ATTACK])
+    blind = Constant().eval()
+    attacks = [FGSM(), ATTACK, Transfer(attack=FGSM()), Transfer(attack=ATTACK)]
+    found = run(net, data, search=blind, parents=(net,), attacks=attacks)
+    assert set(found.broken_by) <= {"fgsm", "pgd", "transfer fgsm", "transfer pgd"}
+    assert {"transfer fgsm", "transfer pgd"} & set(found.broken_by)
+    assert [(tally.name, tally.kind) for tally in found.tallies][2:] == [
+        ("transfer fgsm", "transfer"),
+        ("transfer pgd", "transfer"),
+    ]
+    alone = run(net, data, search=blind, attacks=attacks)
     assert found.correct < alone.correct
+    assert alone.tallies[2].tried == 0
 
 
 def test_transfer_does_not_stop_at_the_boundary_of_the_other_net(data: Resident) -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Watched(PGD):
-        pass
-
     seen: list[float] = []
 
-    def search(self, net, x, y, threat, noise) -> Found:
-        seen.append(self.overshoot)
-        return PGD.search(self, net, x, y, threat, noise)
+    class Watched(PGD):
+        def search(self, net, x, y, threat, noise) -> Found:
+            seen.append(self.overshoot)
+            return super().search(net, x, y, threat, noise)
 
-    Watched.search = search
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rprune.evaluation.robustness.ATTACKS.name_of", lambda attack: "watched")
-        one, two = Net(0).eval(), Net(1).eval()
-        robustness([one, two], classes_of(one), data, THREAT, [Watched(steps=2)])
+    one, two = Net(0).eval(), Net(1).eval()
+    run(one, data, parents=(two,), attacks=[Watched(steps=2), Transfer(attack=Watched(steps=2))], grid=False)
     # a point on the very boundary may count as a miss of the first net, which then goes on too
     assert seen[0] == 0.0
     assert set(seen[1:]) == {math.inf}
 
 
 def test_progress_counts_up_to_the_total(net: Net, data: Resident) -> None:
-    calls: list[tuple[int, int, int]] = []
+    calls: list[tuple[str, int, int, int]] = []
     found = run(net, data, batch_size=25, limit=55, on_progress=lambda *call: calls.append(call))
-    assert [done for done, _, _ in calls] == [25, 50, 55]
-    assert {total for _, _, total in calls} == {55}
-    assert calls[-1][1] == found.correct
+    assert [done for _, done, _, _ in calls] == [0, 25, 49]
+    assert {(name, total) for name, _, _, total in calls} == {("pgd", 49)}  # 6 of 55 were wrong before
+    assert calls[-1][2] == found.correct
 
 
 def test_more_attacks_never_raise_the_score(net: Net, data: Resident) -> None:
@@ -247,7 +255,7 @@ def test_more_attacks_never_raise_the_score(net: Net, data: Resident) -> None:
 def test_no_attack_gives_the_clean_score(net: Net, data: Resident) -> None:
     found = run(net, data, attacks=[])
     assert found.correct == found.clean.correct == 54
-    assert found.queries == 0
+    assert queries(found) == 0
 
 
 def test_predictions_follow_the_labels(net: Net, data: Resident) -> None:
@@ -295,7 +303,7 @@ def test_certified_samples_are_robust(net: Net, data: Resident) -> None:
     network = trace(net, SHAPE)
     threat = ThreatModel("linf", "0.01")
     proved = certify_ibp(network, data, threat).proved
-    found = robustness([net], classes_of(net), data, threat, [PGD(steps=20, restarts=3)])
+    found = robustness(Target(net, net), data, threat, [PGD(steps=20, restarts=3)])
     assert bool((found.robust | ~proved).all())
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from rprune.errors import InputError, WorkError
 from rprune.files import file_digest
 from rprune.pipeline.bundle import Source, export
-from rprune.pipeline.claims import check_order
+from rprune.pipeline.claims import proved_samples
 from rprune.pipeline.recipe import CertifyStage, ExportStage
 from rprune.pipeline.single import read_certificates
 from rprune.pipeline.stages import certify
@@ -96,11 +96,16 @@ def test_claims_count_the_evidence(made, rows):
 
 def test_witnesses_belong_to_broken_samples(made, rows, bench):
     witnesses = load_file(made[0] / "evidence" / "adversarial.safetensors")
-    assert witnesses["index"].tolist() == [int(row["index"]) for row in rows if row["attack"]]
-    clean = bench.data.test.pixels(0, N)[witnesses["index"]].astype(np.float32) / np.float32(255)
-    assert np.abs(witnesses["x"] - clean).max() <= bench.threat.eps + 1e-6
-    assert witnesses["x"].min() >= 0
-    assert witnesses["x"].max() <= 1
+    kinds = {"index": "uint8", "float_index": "float"}
+    for name, kind in kinds.items():
+        assert witnesses[name].tolist() == [int(row["index"]) for row in rows if row["witness"] == kind]
+    index = np.concatenate([witnesses[name] for name in kinds])
+    assert sorted(index.tolist()) == [int(row["index"]) for row in rows if row["attack"]]
+    x = np.concatenate([witnesses["x"].astype(np.float32) / np.float32(255), witnesses["float_x"]])
+    clean = bench.data.test.pixels(0, N)[index].astype(np.float32) / np.float32(255)
+    assert np.abs(x - clean).max() <= bench.threat.eps + 1e-6
+    assert x.min() >= 0
+    assert x.max() <= 1
 
 
 def test_subjects_are_the_files(made):
@@ -155,7 +160,7 @@ def test_a_broken_sample_that_is_certified_is_a_bug(bench, quantized, certificat
     with pytest.raises(WorkError, match="certified and broken"):
         export(bench_of_attack, quantized, ExportStage(suite="fgsm", limit=N), tmp_path, Source("x", {}), forged)
     assert not (tmp_path / "report.json").exists()
-    assert check_order(bench, {}, None) is None
+    assert proved_samples(bench, {}) is None
 
 
 def test_weights_off_the_budget_are_not_exported(bench, quantized, tmp_path):

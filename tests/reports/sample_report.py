@@ -10,10 +10,13 @@ import numpy as np
 from rprune.reports.gate import Policy, judge
 from rprune.reports.html import Sample
 from rprune.reports.schema import (
+    AttackRow,
     Claim,
     DataUsed,
     Evidence,
     Fidelity,
+    Health,
+    HealthCheck,
     Interval,
     Layer,
     LineageEntry,
@@ -30,6 +33,24 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 LINF = ThreatModel("linf", "8/255")
 PARAMETERS = 11_173_962
 BARS = {"passed": 0.40, "failed": 0.48}
+SUITES: dict[str, list[tuple[str, Any, int, int, int, int]]] = {  # name, kind, tried, broken, misses, queries
+    "onnx": [
+        ("apgd-ce", "white-box", 778, 289, 0, 61_400),
+        ("apgd-t", "white-box", 489, 36, 1, 405_950),
+        ("fab-t", "white-box", 453, 0, 0, 391_230),
+        ("square", "black-box", 453, 1, 0, 2_261_000),
+    ],
+    "onnx-int8": [
+        ("apgd-ce", "white-box", 660, 291, 3, 56_300),
+        ("apgd-t", "white-box", 369, 36, 5, 301_200),
+        ("transfer of apgd-t", "transfer", 333, 4, 0, 270_800),
+        ("square", "black-box", 329, 2, 0, 1_640_000),
+    ],
+}
+SECURITY = {  # right samples at eps in 1/255
+    "onnx": {0: 778, 2: 700, 4: 621, 8: 452, 12: 306, 16: 183, 24: 66, 128: 0},
+    "onnx-int8": {0: 772, 2: 694, 4: 613, 8: 439, 12: 301, 16: 178, 24: 61, 128: 0},
+}
 
 
 def sha(text: str) -> str:
@@ -42,9 +63,14 @@ def sample_report(
     curves: bool = True,
     history: bool = True,
     profile: bool = True,
+    attacked: bool = True,
+    weak: bool = False,
+    complete: bool = True,
     **changes: Any,
 ) -> Report:
-    """``profile``: what the prune stage says about layers and weights. ``changes`` replace fields before sealing."""
+    """``profile``: what the prune stage says about layers and weights. ``attacked``: what the first reports did not say
+    of the attacks; ``weak``: two checks of the int8 file's failed. ``changes`` replace fields before sealing.
+    """
     report = Report(
         created="2026-03-02T08:15:00Z",
         name="resnet18-cifar10-harp99-int8",
@@ -78,7 +104,7 @@ def sample_report(
             _fidelity("8-bit simulation", "model.int8.onnx", 512, 1.0, 0.0),
             _fidelity("float model", "model.int8.onnx", 256, 0.98828125, 0.1123),
         ],
-        claims=_claims(curves),
+        claims=_claims(curves, attacked, weak, complete),
         evidence=Evidence(witness_count=333),
         environment={
             "python": "3.11.9",
@@ -116,7 +142,9 @@ def sample_images(count: int = 8, channels: int = 3) -> list[Sample]:
         clean = (0.5 + 0.4 * np.sin(phase + 5 * x[None] * rng.uniform(0.4, 1.5) + 4 * y[None])).astype(np.float32)
         noise = np.sign(rng.standard_normal(clean.shape)).astype(np.float32) * np.float32(LINF.eps)
         adversarial = np.clip(clean + noise, 0, 1)
-        samples.append(Sample(17 * k + 3, CLASSES[k % 10], CLASSES[k % 10], CLASSES[(k + 3) % 10], clean, adversarial))
+        names = CLASSES[k % 10], CLASSES[k % 10], CLASSES[(k + 3) % 10]
+        by = SUITES["onnx-int8"][k % 4][0]
+        samples.append(Sample(17 * k + 3, *names, clean, adversarial, by, LINF.eps))
     return samples
 
 
@@ -155,7 +183,44 @@ def _claim(kind: Any, metric: Any, role: Role, correct: int, n: int, **more: Any
     )
 
 
-def _claims(curves: bool) -> list[Claim]:
+def _attack_fields(role: str, curves: bool, weak: bool, complete: bool) -> dict[str, Any]:
+    counts, weak = SECURITY[role], weak and role == "onnx-int8"
+    spread = np.exp(np.random.default_rng(1).normal(np.log(8.4 / 255), 0.55, 32))
+    distances = [None if i == 5 else round(float(d), 6) for i, d in enumerate(spread)]
+    return {
+        "attacks": [AttackRow.model_validate(dict(zip(AttackRow.model_fields, r, strict=True))) for r in SUITES[role]],
+        "health": _health(role, weak),
+        "complete": complete or role == "onnx",
+        "distances": distances if curves else [],
+        "curve": [Point(at=k / 255, correct=c, value=c / 1000) for k, c in counts.items()] if curves else [],
+    }
+
+
+def _health(role: str, weak: bool) -> Health:
+    checks = [
+        ("R1", "outputs differ between passes", 0.0, 1e-4, "5 passes over 128 images"),
+        ("R2", "probabilities or invalid logits", 0.0, 0.0, "logits from -13.1 to 17.9"),
+        ("R3", "no input gradient", 0.0, 0.01, "share of 128 images"),
+        ("R4", "black-box beats white-box", 0.031 if weak else 0.002, 0.002, "square after apgd-t"),
+        ("R5", "random corners beat white-box", 0.0, 0.0, "5 draws"),
+        ("R6", "right at a huge eps", 0.064 if weak else 0.0, 0.01, "eps 128/255"),
+        ("R7", "accuracy rises with eps", 0.0, 0.01, "eps 4/255, 8/255, 16/255"),
+        ("R8", "not converged", 0.004, 0.005, "what twice the steps still gain"),
+        ("R9", "losses disagree", 0.041, 0.2, "cross-entropy against the difference of logits"),
+        ("R10", "transfer beats white-box", 0.004 if weak else 0.001, 0.002, "from the float parent"),
+        ("R11", "certified samples broken", 0.0, 0.0, "one PGD on 112 samples"),
+        ("R12", "training behaviour", 0.0, 0.0, "no layer is in training mode"),
+        ("R13", "search net and file disagree", 0.0008, 0.001, "share of successes"),
+        ("R14", "lost in 8-bit pixels", 0.003, 0.01, "witnesses rounded"),
+        ("R15", "gradient through rounding", 0.01, 0.05, "straight-through against finite differences"),
+    ]  # fmt: skip
+    if role == "onnx":
+        checks[9:11] = [("R10", "transfer beats white-box", None, 0.002, "there is no other net"),
+                        ("R11", "certified samples broken", None, 0.0, "nothing is certified")]  # fmt: skip
+    return Health.of([HealthCheck.of(*check) for check in checks])
+
+
+def _claims(curves: bool, attacked: bool, weak: bool, complete: bool) -> list[Claim]:
     claims = []
     counts: tuple[tuple[Role, int, int], ...] = (("onnx", 778, 452), ("onnx-int8", 772, 439))
     for role, clean, robust in counts:
@@ -163,7 +228,7 @@ def _claims(curves: bool) -> list[Claim]:
             _claim("accuracy", "clean_accuracy", role, clean, 1000, method="ONNX Runtime", sound_for="the file")
         )
         settings = {
-            "attacks": ["PGD(steps=50, restarts=5, step=1/255)"],
+            "attacks": ["APGD(steps=100, loss='ce')", "APGD(steps=100, targets=9)"],
             "seed": 0,
             "gradient": "8-bit simulation, straight-through",
             "broken": clean - robust,
@@ -171,9 +236,10 @@ def _claims(curves: bool) -> list[Claim]:
         }
         claims.append(
             _claim("empirical-upper-bound", "robust_accuracy", role, robust, 1000, threat=Threat.of(LINF),
-                   method="pgd50x5",
+                   method="aa-quant" if role == "onnx-int8" else "aa-standard",
                    settings=settings,
-                   sound_for="an upper bound of the file's robust accuracy, by the witnesses in the evidence folder")
+                   sound_for="an upper bound of the file's robust accuracy, by the witnesses in the evidence folder",
+                   **(_attack_fields(role, curves, weak, complete) if attacked else {}))
         )  # fmt: skip
     proved = {1: 112, 1 / 2: 287, 1 / 4: 462, 1 / 8: 601, 1 / 16: 689}
     points = [Point(at=LINF.eps * f, correct=k, value=k / 1000) for f, k in proved.items()]
@@ -243,7 +309,7 @@ def _lineage(history: bool, profile: bool, sparsity: Sparsity) -> list[LineageEn
         ("finetune", {"objective": trades, "epochs": 100}, 8_110.0,
          {"selected_epoch": 88, **_scores(0.782, 0.461)}, 100),
         ("quantize", {"bits": 8, "calibration": 512}, 41.2, {"kept": kept, **_scores(0.778, 0.455)}, 0),
-        ("export", {"suite": "pgd50x5", "limit": 1000}, 612.9, {}, 0),
+        ("export", {"suite": "aa-quant", "limit": 1000}, 612.9, {}, 0),
     ]  # fmt: skip
     entries: list[LineageEntry] = []
     for stage, config, seconds, metrics, epochs in plan:

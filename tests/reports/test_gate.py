@@ -97,6 +97,64 @@ def test_one_failed_rule_fails_the_gate(report):
     assert "is not >= 1" in gate.rules[1].message
 
 
+@pytest.mark.parametrize("bound", ["lower", "point"])
+@pytest.mark.parametrize(("op", "value"), [(">=", 0.1), ("<=", 0.9), (">=", 0.9)])
+def test_weak_attack_fails_the_rule_unless_it_is_allowed(load_helper, op, value, bound):
+    report = load_helper("reports/sample_report.py").sample_report(None, weak=True)
+    table = {"metric": "robust_accuracy", "op": op, "value": value, "bound": bound}
+    strict, lax = rule(report, **table), rule(report, **table, allow_unreliable=True)
+    assert not strict.passed
+    assert strict.message.startswith("UNRELIABLE: R4 black-box beats white-box, R6 right at a huge eps, R10 transfer")
+    assert lax.passed == (op == "<=" or value == 0.1)
+    assert "UNRELIABLE: R4" in lax.message  # allowed, not hidden
+    assert (strict.observed, strict.allow_unreliable, lax.allow_unreliable) == (lax.observed, False, True)
+    assert rule(report, **table | {"artifact": "onnx"}).message.startswith("0.452")
+    assert not rule(report, metric="clean_accuracy", value=0.7).message.startswith("UNRELIABLE")
+
+
+def test_incomplete_attack_fails_the_rule_unless_it_is_allowed(load_helper):
+    report = load_helper("reports/sample_report.py").sample_report(None, complete=False)
+    strict = rule(report, metric="robust_accuracy", value=0.1)
+    assert not strict.passed
+    assert strict.message.startswith("INCOMPLETE: ")
+    assert rule(report, metric="robust_accuracy", value=0.1, allow_unreliable=True).passed
+    both = load_helper("reports/sample_report.py").sample_report(None, weak=True, complete=False)
+    message = rule(both, metric="robust_accuracy", value=0.1).message
+    assert message.startswith("UNRELIABLE: ")
+    assert "; INCOMPLETE: " in message
+
+
+def test_report_that_says_nothing_of_its_attack_is_judged_by_its_counts(load_helper):
+    report = load_helper("reports/sample_report.py").sample_report(None, attacked=False)
+    assert rule(report, metric="robust_accuracy", value=0.4).passed
+
+
+def test_switch_of_the_command_line(load_helper, tmp_path, capsys):
+    from rprune.cli.app import main
+    from rprune.files import write_json
+
+    report = load_helper("reports/sample_report.py").sample_report(None, weak=True)
+    write_json(tmp_path / "report.json", report.to_json())
+    policy = tmp_path / "gate.toml"
+    policy.write_text('[[gate]]\nmetric = "robust_accuracy"\nvalue = 0.4\n')
+
+    def code(*options):
+        with pytest.raises(SystemExit) as end:
+            main(["gate", str(tmp_path), *map(str, options)])
+        return end.value.code or 0
+
+    bar = ("--min", "robust_accuracy=0.4")
+    assert code(*bar) == 1
+    assert "UNRELIABLE" in capsys.readouterr().out
+    assert code(*bar, "--allow-unreliable") == 0
+    assert "UNRELIABLE" in capsys.readouterr().out
+    assert code(*bar, "--allow-unreliable", "--policy", policy) == 1  # the policy decides for itself
+    assert code("--allow-unreliable", "--policy", policy) == 2
+    assert "allow_unreliable = true" in capsys.readouterr().err
+    policy.write_text(policy.read_text() + "allow_unreliable = true\n")
+    assert code("--policy", policy) == 0
+
+
 def test_unknown_metric_offers_the_nearest():
     with pytest.raises(UsageError) as error:
         policy_of({"gate": [{"metric": "robust_acuracy", "value": 0}]}, "x")
@@ -157,7 +215,10 @@ def test_digest_of_a_policy(tmp_path):
         digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\nartifact = "onnx"\n'),
         digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\n' * 2),
     ]
-    assert len({base, *others}) == 7
+    others.append(digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\nallow_unreliable = true\n'))
+    assert len({base, *others}) == 8
+    assert base == digest('[[gate]]\nmetric = "sparsity"\nvalue = 0.5\nallow_unreliable = false\n')
+    assert base == "901871fb38f654b7e03342c68f08bbd9aa4f75afa6203eb65f9629b5616e104d"  # as before there was the switch
     assert base == Policy.model_validate({"gate": [{"metric": "sparsity", "value": 0.5}]}).sha256
 
 

@@ -13,7 +13,9 @@ import pytest
 
 from rprune.reports.canvas import DARK, LIGHT
 from rprune.reports.html import render_html
-from rprune.reports.text import percent, size
+from rprune.reports.schema import Claim, Health, HealthCheck, Threat
+from rprune.reports.text import length, percent, size
+from rprune.threat import ThreatModel
 
 
 def _load() -> ModuleType:
@@ -99,7 +101,9 @@ def test_ids_are_unique_and_every_reference_has_a_target(page: str) -> None:
 
 def test_no_plot_keeps_a_fixed_colour(page: str) -> None:
     plots = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
-    assert page.count("<svg") == 9  # accuracy, two curves, density, three histories, the search, the weights
+    assert (
+        page.count("<svg") == 12
+    )  # accuracy, three curves, two of distances, density, three histories, the search, weights
     assert set(re.findall(r"(?:fill|stroke): (#\w+)", plots)) == set()
 
 
@@ -145,6 +149,7 @@ def test_names_are_escaped_everywhere() -> None:
     report = sample.sample_report()
     layers = [layer.model_copy(update={"name": evil}) for layer in report.sparsity.by_layer]
     claims = [claim.model_copy(update={"id": f"{evil}{i}", "method": evil}) for i, claim in enumerate(report.claims)]
+    claims = [_with_evil_attack(claim, evil) if claim.attacks else claim for claim in claims]
     lineage = [entry.model_copy(update={"stage": evil}) for entry in report.lineage]
     report = sample.sample_report(
         name=evil,
@@ -153,10 +158,16 @@ def test_names_are_escaped_everywhere() -> None:
         sparsity=report.sparsity.model_copy(update={"by_layer": layers}),
         environment={evil: {evil: evil}},
     )
-    images = [type(s)(s.index, evil, evil, evil, s.clean, s.adversarial) for s in sample.sample_images(2)]
+    images = [type(s)(s.index, evil, evil, evil, s.clean, s.adversarial, evil) for s in sample.sample_images(2)]
     outline = Outline(render_html(report, images))
     assert "script" not in outline.tags
     assert evil in outline.text
+
+
+def _with_evil_attack(claim: Claim, evil: str) -> Claim:
+    check = HealthCheck.of("R1", evil, 2.0, 1.0, evil)
+    rows = [row.model_copy(update={"name": evil}) for row in claim.attacks]
+    return claim.model_copy(update={"attacks": rows, "health": Health.of([check])})
 
 
 def test_same_report_gives_the_same_bytes(page: str) -> None:
@@ -186,12 +197,80 @@ def test_verdict(gate: str | None, words: str) -> None:
     assert ("✗ fail" in text) == (gate == "failed")
 
 
+def test_attacks_show_what_each_added(page: str) -> None:
+    text = Outline(page).text.replace("\u00a0", " ")
+    rows = [re.findall(r"<td[^>]*>([^<]*)", row.replace("\u00a0", " ")) for row in re.findall(r"<tr>.*?</tr>", page)]
+    assert "Robust accuracy, int8 ONNX: 43.9 % L∞, eps 8/255, aa-quant" in text
+    assert ["apgd-ce", "white-box", "660", "291", "29.1 %", "48.1 %", "3", "56,300"] in rows
+    assert ["square", "black-box", "329", "2", "0.2 %", "43.9 %", "0", "1,640,000"] in rows
+    assert ["R4", "✓ ok", "black-box beats white-box", "0.002", "0.002", "square after apgd-t"] in rows
+    assert text.count("✓ ok") == 28
+    assert text.count("does not apply") == 2
+    assert text.count("certified ones are skipped") == 1  # of the int8 file alone
+    for word in ("UNRELIABLE", "INCOMPLETE", "✗ failed"):
+        assert word not in text
+
+
+def test_attack_that_did_not_run_says_so() -> None:
+    report = sample.sample_report(**SHORT)
+    claim = report.claim("robust_accuracy")
+    rows = [row.model_copy(update={"tried": 0, "broken": 0}) for row in claim.attacks]
+    claims = [claim.model_copy(update={"attacks": rows, "complete": False})]
+    text = Outline(render_html(sample.sample_report(claims=claims, **SHORT))).text
+    assert text.count("did not run") == 4
+
+
+@pytest.mark.parametrize(
+    ("gate", "weak", "complete"), [("passed", True, True), ("passed", False, False), (None, True, False)]
+)
+def test_weak_attack_is_marked_beside_its_number_everywhere(gate: str | None, weak: bool, complete: bool) -> None:
+    report = sample.sample_report(gate, weak=weak, complete=complete, curves=True, history=False, profile=False)
+    page = render_html(report)
+    marks = ["UNRELIABLE"] * weak + ["INCOMPLETE"] * (not complete)
+    badges = " ".join(f'<b class="badge">{mark}</b>' for mark in marks)
+    assert page.count(badges) == 3  # the card, the attacks, the claims
+    svg = re.findall(r"<svg.*?</svg>", page, re.S)
+    for mark in marks:
+        assert [mark in plot for plot in svg] == [True, False, True, False, False, True, False]
+    top = page[page.index("<header>") : page.index('<p class="meta">')]
+    assert ("UNRELIABLE: R4 black-box beats white-box, R6 right at a huge eps, R10" in top) == weak
+    assert ("INCOMPLETE: a time budget ended the attacks early" in top) == (not complete)
+    assert ("Gate failed: 1 of 4 rules is not met" in top) == (gate is not None)
+    text = Outline(page).text
+    assert text.count("✗ failed") == 3 * weak
+
+
+def test_marks_stay_when_the_gate_allows_them() -> None:
+    from rprune.reports.gate import Policy, judge
+
+    report = sample.sample_report(None, weak=True, **SHORT)
+    rules = [{"metric": "robust_accuracy", "value": 0.4, "allow_unreliable": True}]
+    gate = judge(report, Policy.model_validate({"gate": rules}))
+    page = render_html(report.model_copy(update={"gate": gate}))
+    assert "Gate passed: the only rule is met" in page
+    assert page.count('<b class="badge">UNRELIABLE</b>') == 3
+    assert "allowed: 0.4390" in Outline(page).text
+
+
+def test_strip_says_which_attack_and_how_far(page: str) -> None:
+    text = Outline(page).text
+    for name in ("by apgd-ce", "by apgd-t", "by transfer of apgd-t", "by square"):
+        assert text.count(name) >= 2
+    assert text.count("L∞ 8/255") == 8
+
+
+def test_reports_of_the_first_kind_render() -> None:
+    text = Outline(render_html(sample.sample_report(attacked=False, **SHORT))).text
+    assert "Gate passed" in text
+    assert "Check of the attack's health" not in text
+
+
 def test_absent_parts_are_left_out() -> None:
-    report = sample.sample_report(None, fidelity=[], limitations=[], **SHORT)
+    report = sample.sample_report(None, fidelity=[], limitations=[], attacked=False, **SHORT)
     page = render_html(report)
     text = Outline(page).text
     assert page.count("<svg") == 2
-    for heading in ("Adversarial examples", "Limitations", "Files against their sources", "Judged by"):
+    for heading in ("Adversarial examples", "Still right", "Limitations", "Files against their sources", "Judged by"):
         assert heading not in text
 
 
@@ -263,6 +342,14 @@ def test_percent_never_rounds_to_all_or_nothing(share: float, text: str) -> None
 )
 def test_size(count: float, text: str) -> None:
     assert size(count).replace("\u00a0", " ") == text
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "distance", "text"),
+    [("linf", "8/255", 8 / 255, "8/255"), ("linf", "8 / 255", 0.03, "7.65/255"), ("l2", "0.5", 0.4837, "0.484")],
+)
+def test_length_is_written_in_the_unit_of_eps(norm: str, eps: str, distance: float, text: str) -> None:
+    assert length(distance, Threat.of(ThreatModel.of(norm, eps))) == text
 
 
 def test_rendering_needs_no_torch() -> None:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rprune.reports import claim_plots as claim_plots_module
 from rprune.reports import plots
 from rprune.reports.canvas import DARK, LIGHT, Plot, element, styled
 from rprune.reports.plots import plot_files
-from rprune.reports.schema import LineageEntry, Report
+from rprune.reports.schema import Interval, LineageEntry, Report, Threat
+from rprune.threat import ThreatModel
 
 
 def _load() -> ModuleType:
@@ -33,7 +35,10 @@ def _load() -> ModuleType:
 sample = _load()
 NAMES = {
     "accuracy",
-    "curve-certified_accuracy-onnx-int8",
+    "curve-robust_accuracy-onnx",
+    "curve-robust_accuracy-onnx-int8",
+    "distances-robust_accuracy-onnx",
+    "distances-robust_accuracy-onnx-int8",
     "curve-smoothed_certified_accuracy-onnx-int8",
     "density",
     "epochs-01-train",
@@ -81,10 +86,10 @@ def test_every_plot_of_the_page_is_a_file(files: dict[str, bytes]) -> None:
 
 def test_all_plots_of_a_resnet_are_small(files: dict[str, bytes]) -> None:
     assert len(sample.sample_report().sparsity.by_layer) == 21
-    assert sum(map(len, files.values())) < 150_000
+    assert sum(map(len, files.values())) < 165_000
     with styled():
         inline = [element(plot) for plot in plots.plots(sample.sample_report())]
-    assert sum(len(text.encode()) for text in inline) < 120_000
+    assert sum(len(text.encode()) for text in inline) < 135_000
 
 
 @pytest.mark.parametrize(("form", "start"), [("svg", b"<svg "), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
@@ -222,14 +227,108 @@ def test_curves_of_whatever_a_history_holds(
 
 
 def test_old_reports_lose_only_what_they_do_not_say() -> None:
+    attacked = {name for name in NAMES if "robust_accuracy" in name}
     assert set(drawn(sample.sample_report(profile=False), plots.plots)) == NAMES - {"weights-02-prune"}
+    first = drawn(sample.sample_report(attacked=False), plots.plots)
+    assert set(first) == NAMES - attacked | {"curve-certified_accuracy-onnx-int8"}
+
+
+def claim_plots(**changes: Any) -> dict[str, Any]:
+    """The plots of the int8 file's robust accuracy, with fields of that claim replaced."""
+    claims = [
+        claim.model_copy(update=changes) if claim.id == "robust_accuracy@onnx-int8" else claim
+        for claim in sample.sample_report().claims
+        if claim.metric in ("robust_accuracy", "certified_accuracy") and claim.artifact == "onnx-int8"
+    ]
+    return drawn(sample.sample_report(None, claims=claims), claim_plots_module.accuracy)
+
+
+def test_security_curve_holds_the_counts_beside_the_proofs() -> None:
+    figure = claim_plots()["curve-robust_accuracy-onnx-int8"]
+    (axis,) = figure.axes
+    attacked, eps, proved = (axis.lines[i] for i in (0, 2, 1))
+    counts = sample.SECURITY["onnx-int8"]
+    np.testing.assert_allclose(attacked.get_xdata(), list(counts))
+    np.testing.assert_allclose(attacked.get_ydata(), np.divide(list(counts.values()), 1000))
+    np.testing.assert_allclose(proved.get_xdata(), [0.5, 1, 2, 4, 8])
+    assert (attacked.get_drawstyle(), proved.get_drawstyle()) == ("steps-post", "steps-pre")  # so they never cross
+    assert list(eps.get_xdata()) == pytest.approx([8, 8])
+    assert legend(figure) == ["robust accuracy, at most", "certified accuracy, at least"]
+    for band, line, n in zip(axis.collections, (attacked, proved), (1000, 1000), strict=True):
+        edges = band.get_paths()[0].vertices
+        for x, share in zip(line.get_xdata(), line.get_ydata(), strict=True):
+            interval = Interval.of(round(share * n), n)
+            for bound in (interval.lower, interval.upper):
+                assert np.isclose(edges, (x, bound)).all(axis=1).any()
+
+
+def test_huge_eps_leaves_room_for_the_others() -> None:
+    """Half of the width is for eps up to twice the claim's; a tick stands at 0, eps and the huge eps."""
+    (axis,) = claim_plots()["curve-robust_accuracy-onnx-int8"].axes
+    place = axis.transData.transform([(x, 0) for x in (0, 8, 16, 128)])[:, 0]
+    assert axis.get_xscale() == "asinh"
+    assert (place[2] - place[0]) / (place[3] - place[0]) > 0.5
+    labels = [text.get_text() for text in axis.get_xticklabels()]
+    assert {"0", "8", "128"} <= set(labels)
+    assert np.diff(sorted(axis.transData.transform([(float(x), 0) for x in labels])[:, 0])).min() > 0.08 * np.ptp(place)
+    near = [point for point in sample.sample_report().claim("robust_accuracy").curve if point.at < 0.1]
+    assert claim_plots(curve=near)["curve-robust_accuracy-onnx-int8"].axes[0].get_xscale() == "linear"
+
+
+def test_proofs_in_another_norm_stand_alone() -> None:
+    l2 = Threat.of(ThreatModel("l2", "0.5"))
+    figures = claim_plots(threat=l2)
+    assert set(figures) == {
+        "accuracy", "curve-robust_accuracy-onnx-int8", "curve-certified_accuracy-onnx-int8",
+        "distances-robust_accuracy-onnx-int8",
+    }  # fmt: skip
+    assert not legend(figures["curve-robust_accuracy-onnx-int8"])
+    assert figures["distances-robust_accuracy-onnx-int8"].axes[0].get_xlabel() == "L2 size of the perturbation"
+
+
+@pytest.mark.parametrize(
+    ("distances", "x", "y"),
+    [
+        ([0.2, 0.1], [0, 0.1, 0.2], [0, 0.5, 1]),
+        ([None, 0.1, None, 0.0], [0, 0, 0.1], [0, 0.25, 0.5]),
+        ([None, None, 0.4], [0, 0.4], [0, 1 / 3]),
+        ([0.0], [0, 0], [0, 1]),
+    ],
+)
+def test_distances_are_an_empirical_distribution(distances: list[float | None], x: Any, y: Any) -> None:
+    (axis,) = claim_plots(distances=distances)["distances-robust_accuracy-onnx-int8"].axes
+    line = axis.lines[0]
+    np.testing.assert_allclose(np.divide(line.get_xdata(), 255), x)
+    np.testing.assert_allclose(line.get_ydata(), y)
+
+
+@pytest.mark.parametrize("distances", [[], [None, None]])
+def test_no_distance_no_plot(distances: list[None]) -> None:
+    assert "distances-robust_accuracy-onnx-int8" not in claim_plots(distances=distances)
+
+
+def test_weak_attack_is_marked_in_the_files_too() -> None:
+    """Captions are on the page alone."""
+    report = sample.sample_report(None, weak=True, complete=False, history=False, profile=False)
+    for name, content in plot_files(report).items():
+        marked = name.startswith("accuracy") or "robust_accuracy-onnx-int8" in name
+        assert (b">UNRELIABLE<" in content or b": UNRELIABLE<" in content) == marked, name
+        assert (b"INCOMPLETE" in content) == marked, name
+    bars = drawn(report, claim_plots_module.accuracy)["accuracy"].axes[0].patches
+    assert [bar.get_fill() for bar in bars] == [True, True, True, False, True]
 
 
 def test_text_for_who_cannot_see_says_what_is_shown() -> None:
     with styled():
         alt = {plot.name: plot.alt.replace("\u00a0", " ") for plot in plots.plots(sample.sample_report())}
     assert "clean 77.2 % (int8 ONNX)" in alt["accuracy"]
-    assert "68.9 % at 0.5 to 11.2 % at 8" in alt["curve-certified_accuracy-onnx-int8"]
+    curve = alt["curve-robust_accuracy-onnx-int8"]
+    assert "robust accuracy by eps, in 1/255: 77.2 % at 0 to 0.0 % at 128, 43.9 % at 8;" in curve
+    assert "68.9 % at 0.5 to 11.2 % at 8" in curve
+    assert alt["distances-robust_accuracy-onnx"].startswith("float ONNX: share of 32 images that fall")
+    assert re.search(
+        r"; half fall to \d\.\d+/255 or less, none was found for 1$", alt["distances-robust_accuracy-onnx"]
+    )
     assert "beside uniform, ERK and LAMP" in alt["density"]
     assert re.search(r"from 0.7 % in layer4\S+ to 52.8 % in conv1", alt["density"])
     assert re.search(r"validation robust 26.3 % to \d", alt["epochs-02-prune"])

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.files import digest_of, file_digest, write_json
+from rprune.reports.evidence import COLUMNS, unit
 from rprune.reports.gate import policy_of
 from rprune.reports.verify import LEVELS, Verification, verify
 
@@ -76,6 +77,17 @@ class Bundle:
         claim["value"] = claim["correct"] / claim["n"]
         claim["interval"]["lower"], claim["interval"]["upper"] = clopper_pearson(claim["correct"], claim["n"])
 
+    def robust(self) -> dict[str, Any]:
+        return self.claim("robust_accuracy")
+
+    def forget(self) -> None:
+        """Take away what the first reports did not say of attacks."""
+        for claim in self.table["claims"]:
+            for name in ("attacks", "health", "distances", "complete"):
+                claim.pop(name, None)
+            if claim["metric"] == "robust_accuracy":
+                claim["curve"] = []
+
     def judge(self) -> None:
         """Let the gate follow from the changed report."""
         from rprune.reports.gate import judge
@@ -100,11 +112,22 @@ class Bundle:
         self.table["id"] = digest_of(self.table | {"id": ""})
         self.write()
 
-    def witnesses(self, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+    def tensors(self, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+        """Change the stored witnesses, in place or to what is returned."""
         file = self.folder / "evidence" / "adversarial.safetensors"
-        tensors = load_file(file)
-        index, points = change(tensors["index"].copy(), tensors["x"].copy())
-        save_file({"index": index, "x": points}, file)
+        tensors = {name: tensor.copy() for name, tensor in load_file(file).items()}
+        changed = change(tensors)
+        save_file(changed if isinstance(changed, dict) else tensors, file)
+
+    def witnesses(self, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+        """Change the witnesses, all of them as floats."""
+        self.tensors(as_floats)
+        self.samples(lambda rows: [row.update(witness="float") for row in rows if row["witness"]])
+
+        def changed(tensors: dict[str, np.ndarray]) -> None:
+            tensors["float_index"], tensors["float_x"] = change(tensors["float_index"], tensors["float_x"])
+
+        self.tensors(changed)
 
     def samples(self, change: Callable[[list[dict[str, str]]], object]) -> None:
         file = self.folder / "evidence" / "samples.csv"
@@ -112,13 +135,21 @@ class Bundle:
             rows = list(csv.DictReader(handle))
         change(rows)
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         file.write_text(text.getvalue())
 
     def verify(self, level: str = "replay", **options: Any) -> Verification:
         return verify(self.folder, level, **options)
+
+
+def as_floats(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    index = np.concatenate([tensors["index"], tensors["float_index"]])
+    points = np.concatenate([unit(tensors["x"]), tensors["float_x"]])
+    order = index.argsort()
+    nothing = {"index": tensors["index"][:0], "x": tensors["x"][:0]}
+    return nothing | {"float_index": index[order], "float_x": points[order]}
 
 
 @pytest.fixture
@@ -305,6 +336,97 @@ def edit_size_table(b: Bundle) -> None:
     b.table["size"]["model.int8.onnx"] //= 2
 
 
+def edit_value_on_the_security_curve(b: Bundle) -> None:
+    b.robust()["curve"][-1]["value"] += 0.1
+
+
+def put(b: Bundle, place: int, count: int) -> None:
+    """Another count at a point of the security curve."""
+    point = b.robust()["curve"][place]
+    point["correct"], point["value"] = count, count / N
+
+
+def edit_security_curve_that_rises(b: Bundle) -> None:
+    put(b, -1, b.robust()["curve"][-2]["correct"] + 1)
+
+
+def edit_security_curve_from_less_than_clean(b: Bundle) -> None:
+    put(b, 0, b.robust()["curve"][1]["correct"])
+
+
+def edit_security_curve_without_zero(b: Bundle) -> None:
+    del b.robust()["curve"][0]
+
+
+def edit_security_curve_without_eps(b: Bundle) -> None:
+    b.robust()["curve"] = [point for point in b.robust()["curve"] if point["at"] != EPS]
+
+
+def edit_security_curve_beside_the_claim(b: Bundle) -> None:
+    place = [point["at"] for point in b.robust()["curve"]].index(EPS)
+    put(b, place, b.robust()["curve"][place + 1]["correct"])
+
+
+def edit_security_curve_with_a_point_twice(b: Bundle) -> None:
+    b.robust()["curve"].append(b.robust()["curve"][-1])
+
+
+def edit_attack_that_breaks_more(b: Bundle) -> None:
+    b.robust()["attacks"][0]["broken"] += 1
+
+
+def edit_attack_that_takes_anothers_credit(b: Bundle) -> None:
+    first, second, *_ = b.robust()["attacks"]
+    first["broken"], second["broken"] = first["broken"] - 1, second["broken"] + 1
+
+
+def edit_attack_that_tried_fewer(b: Bundle) -> None:
+    b.robust()["attacks"][1]["tried"] -= 1
+
+
+def edit_attack_that_tried_more(b: Bundle) -> None:
+    b.robust()["attacks"][0]["tried"] += 1
+
+
+def edit_attack_with_more_misses_than_tries(b: Bundle) -> None:
+    b.robust()["attacks"][0]["misses"] = N
+
+
+def edit_attack_that_is_there_twice(b: Bundle) -> None:
+    b.robust()["attacks"][1]["name"] = b.robust()["attacks"][0]["name"]
+
+
+def edit_no_attack_that_ran(b: Bundle) -> None:
+    clean = b.claim("clean_accuracy")["correct"]
+    b.count("robust_accuracy", clean - b.robust()["correct"])
+    for row in b.robust()["attacks"]:
+        row["tried"] = row["broken"] = row["misses"] = 0
+    for place in range(len(b.robust()["curve"])):
+        put(b, place, clean)
+    b.judge()
+
+
+def edit_clean_count_of_other_samples(b: Bundle) -> None:
+    claim = b.claim("clean_accuracy")
+    claim["n"] -= 1
+    b.count("clean_accuracy", 0)
+
+
+def edit_more_distances_than_samples(b: Bundle) -> None:
+    b.robust()["distances"] = [0.1] * (N + 1)
+
+
+def edit_health_hidden_from_the_gate(b: Bundle) -> None:
+    """The gate judged before the attack failed a check."""
+    check = b.robust()["health"]["checks"][0]
+    check |= {"value": check["limit"] + 1, "passed": False}
+    b.robust()["health"]["status"] = "failed"
+
+
+def edit_rule_allowed_after_the_fact(b: Bundle) -> None:
+    b.table["gate"]["rules"][1]["allow_unreliable"] = True
+
+
 STATIC = [edit for name, edit in sorted(globals().items()) if name.startswith("edit_")]
 
 
@@ -313,16 +435,36 @@ def edit_data_digest(b: Bundle) -> None:
 
 
 def edit_fewer_clean_errors(b: Bundle) -> None:
+    b.forget()
     b.count("clean_accuracy", 1)
 
 
 def edit_fewer_clean_errors_of_the_float_file(b: Bundle) -> None:
+    b.forget()
     b.count("clean_accuracy", 1, "onnx")
 
 
 def edit_more_robust(b: Bundle) -> None:
+    b.forget()
     b.count("robust_accuracy", 1)
     b.judge()
+
+
+def edit_more_robust_with_all_that_follows(b: Bundle) -> None:
+    """One sample that no attack broke, says everything but the evidence."""
+    b.count("robust_accuracy", 1)
+    curve, row = b.robust()["curve"], b.robust()["attacks"]
+    for place, point in enumerate(curve):
+        if point["at"] <= EPS:
+            put(b, place, max(point["correct"], b.robust()["correct"]))
+    row[0]["broken"] -= 1
+    for later in row[1:]:
+        later["tried"] += 1
+    b.judge()
+
+
+def edit_attack_renamed(b: Bundle) -> None:
+    b.robust()["attacks"][0]["name"] = "square"
 
 
 def edit_more_certified(b: Bundle) -> None:
@@ -338,7 +480,7 @@ def edit_witness_count(b: Bundle) -> None:
 
 REPLAY = [
     edit_data_digest, edit_fewer_clean_errors, edit_fewer_clean_errors_of_the_float_file, edit_more_robust,
-    edit_more_certified, edit_witness_count,
+    edit_more_robust_with_all_that_follows, edit_attack_renamed, edit_more_certified, edit_witness_count,
 ]  # fmt: skip
 
 
@@ -358,13 +500,16 @@ def test_sealed_again_a_static_check_fails(bundle, edit):
     result = bundle.verify("static")
     assert result.integrity
     assert not result.passed
+    for start, check in (("edit_security_curve_", "curve"), ("edit_attack_", "attacks"), ("edit_no_attack", "attacks")):
+        if edit.__name__.startswith(start):
+            assert failed(result) == {f"{check} of robust_accuracy@onnx-int8"}
 
 
 @pytest.mark.parametrize("edit", REPLAY, ids=lambda edit: edit.__name__)
 def test_sealed_again_a_replay_check_fails(bundle, edit):
     edit(bundle)
     bundle.seal()
-    assert bundle.verify("hash").passed
+    assert bundle.verify("static").passed
     result = bundle.verify("replay")
     assert result.integrity
     assert not result.passed
@@ -437,6 +582,109 @@ def test_witness_outside_the_pixel_range(bundle, value):
     assert "witnesses in ball" in failed(bundle.verify())
 
 
+def test_same_witnesses_as_floats(bundle):
+    bundle.witnesses(lambda index, points: (index, points))
+    bundle.seal()
+    assert bundle.verify().passed
+
+
+def test_witnesses_of_both_kinds(bundle):
+    def move(tensors):
+        tensors["float_index"] = np.append(tensors["float_index"], tensors["index"][:1])
+        tensors["float_x"] = np.concatenate([tensors["float_x"], unit(tensors["x"][:1])])
+        tensors["index"], tensors["x"] = tensors["index"][1:].copy(), tensors["x"][1:].copy()
+
+    def follow(rows):
+        next(row for row in rows if row["witness"] == "uint8").update(witness="float")
+
+    bundle.tensors(move)
+    bundle.seal()
+    assert failed(bundle.verify()) == {"samples"}
+    bundle.samples(follow)
+    bundle.seal()
+    assert bundle.verify().passed
+
+
+def test_bundle_of_the_first_kind(bundle):
+    """Witnesses in floats, six columns, no word of attacks: as rprune wrote them at first."""
+    bundle.tensors(as_floats)
+    bundle.tensors(lambda tensors: {"index": tensors["float_index"], "x": tensors["float_x"]})
+    bundle.samples(lambda rows: rows.__setitem__(slice(None), [{name: row[name] for name in COLUMNS} for row in rows]))
+    bundle.forget()
+    bundle.seal()
+    assert bundle.verify().passed
+    bundle.samples(lambda rows: next(row for row in rows if row["attack"]).update(attack=""))
+    bundle.seal()
+    assert failed(bundle.verify()) == {"samples"}
+
+
+@pytest.mark.parametrize("step", [13, 128])  # 12.75 are allowed
+def test_8_bit_witness_outside_the_ball(bundle, step):
+    def change(tensors):
+        pixel = int(clean_pixels(tensors["index"])[0, 0, 0, 0] * 255 + 0.5)
+        tensors["x"][0, 0, 0, 0] = pixel + step if pixel < 128 else pixel - step
+
+    bundle.tensors(change)
+    bundle.seal()
+    assert "witnesses in ball" in failed(bundle.verify())
+
+
+def test_8_bit_witness_replaced_by_the_clean_image(bundle):
+    def change(tensors):
+        tensors["x"][0] = np.rint(clean_pixels(tensors["index"])[0] * 255)
+
+    bundle.tensors(change)
+    bundle.seal()
+    assert failed(bundle.verify()) == {"witnesses fool", "samples"}
+
+
+def both_kinds_of_one_sample(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    floats = {"float_index": t["index"][:1].copy(), "float_x": unit(t["x"][:1])}
+    return t | floats
+
+
+def floats_in_the_place_of_pixels(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return t | {"x": unit(t["x"])}
+
+
+def doubles(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return t | {"float_x": t["float_x"].astype(np.float64)}
+
+
+def short_indices(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return t | {"index": t["index"].astype(np.int32)}
+
+
+def indices_for_some(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return t | {"index": t["index"][1:].copy()}
+
+
+def one_pair_alone(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"index": t["index"], "x": t["x"]}
+
+
+def more_tensors(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return t | {"more": t["index"]}
+
+
+def other_shape(t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return t | {"float_x": np.zeros((0, 1, 4, 8), np.float32)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        both_kinds_of_one_sample, floats_in_the_place_of_pixels, doubles, short_indices, indices_for_some,
+        one_pair_alone, more_tensors, other_shape,
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_witnesses_stored_in_another_way(bundle, change):
+    bundle.tensors(change)
+    bundle.seal()
+    assert "witnesses" in failed(bundle.verify())
+
+
 @pytest.mark.parametrize("other", [1, -1, N])
 def test_witness_index_twice_or_out_of_range(bundle, other):
     def change(index, points):
@@ -468,6 +716,35 @@ def test_changed_sample_row(bundle, column):
     bundle.seal()
     assert bundle.verify("static").passed
     assert "samples" in failed(bundle.verify())
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("distance", "0.001"), ("distance", ""), ("distance", "-0.05"), ("distance", "nan"), ("distance", "inf"),
+        ("distance", "far"), ("witness", "float"), ("witness", ""), ("witness", "uint16"), ("margin", "low"),
+        ("margin", "nan"), ("queries", "-1"), ("queries", "many"), ("queries", ""), ("certified", "2"),
+        ("attack", "none"),
+    ],
+)  # fmt: skip
+def test_changed_column_of_a_broken_sample(bundle, column, value):
+    bundle.samples(lambda rows: next(row for row in rows if row["attack"]).update({column: value}))
+    bundle.seal()
+    assert failed(bundle.verify()) & {"samples", "sample rows"}
+
+
+@pytest.mark.parametrize(("column", "value"), [("distance", "0.05"), ("witness", "uint8")])
+def test_witness_columns_of_a_sample_that_stands(bundle, column, value):
+    bundle.samples(lambda rows: next(row for row in rows if not row["attack"]).update({column: value}))
+    bundle.seal()
+    assert {"samples", "sample rows"} <= failed(bundle.verify())
+
+
+@pytest.mark.parametrize("column", ["queries", "witness", "attack"])
+def test_column_left_out(bundle, column):
+    bundle.samples(lambda rows: [row.pop(column) for row in rows])
+    bundle.seal()
+    assert {"samples", "sample rows"} <= failed(bundle.verify())
 
 
 def test_row_left_out(bundle):
@@ -569,6 +846,28 @@ def more_samples_than_data(b: Bundle) -> None:
     b.claim("clean_accuracy")["n"] = 10**6
 
 
+def health_that_passes_what_failed(b: Bundle) -> None:
+    check = b.robust()["health"]["checks"][0]
+    check["value"] = check["limit"] + 1
+
+
+def health_that_is_ok_though_a_check_failed(b: Bundle) -> None:
+    check = b.robust()["health"]["checks"][0]
+    check |= {"value": check["limit"] + 1, "passed": False}
+
+
+def health_with_a_check_twice(b: Bundle) -> None:
+    b.robust()["health"]["checks"][1] = b.robust()["health"]["checks"][0]
+
+
+def health_check_that_nobody_knows(b: Bundle) -> None:
+    b.robust()["health"]["checks"][0]["id"] = "R16"
+
+
+def negative_distance(b: Bundle) -> None:
+    b.robust()["distances"] = [-0.1]
+
+
 def no_smoothing_settings(b: Bundle) -> None:
     b.claim("smoothed_certified_accuracy")["settings"] = {}
 
@@ -601,7 +900,9 @@ def text_for_the_model(b: Bundle) -> None:
     "damage",
     [
         drop_int8_subject, drop_float_subject, drop_clean_claims, count_beyond_n, no_samples_at_all,
-        more_samples_than_data, no_smoothing_settings, measured_on_weights, interval_of_impossible_level,
+        health_that_passes_what_failed, health_that_is_ok_though_a_check_failed, health_with_a_check_twice,
+        health_check_that_nobody_knows, negative_distance, more_samples_than_data, no_smoothing_settings,
+        measured_on_weights, interval_of_impossible_level,
         text_for_samples,
         text_for_witnesses, witnesses_of_another_shape, text_for_the_model,
     ],
@@ -636,6 +937,15 @@ def test_same_data_from_another_source(bundle, tmp_path):
         test_images=data.test.pixels(0, len(data.test))[:, 0], test_labels=data.test.labels,
     )  # fmt: skip
     assert bundle.verify(data=f"npz:{tmp_path / 'digits.npz'}").passed
+
+
+def test_number_of_a_weak_attack_is_marked_here_too(bundle):
+    edit_health_hidden_from_the_gate(bundle)
+    bundle.judge()
+    bundle.seal()
+    result = bundle.verify("static")
+    assert result.passed
+    assert [c.name for c in result.checks if "UNRELIABLE" in c.detail] == ["robust_accuracy@onnx-int8"]
 
 
 def test_no_report(tmp_path):

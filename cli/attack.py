@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rprune.cli import options as o
+from rprune.cli.console import ProgressLines, note, print_attack, print_json
+from rprune.errors import UsageError
+
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def attack(
+    model: Annotated[Path, typer.Argument(help="An ONNX file, or a model file or stage folder as for other commands.")],
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite",
+            help="A name of 'rprune list suites', several with commas, file.py:function, or harp-table; "
+            "default: aa-standard, for 8-bit files aa-quant.",
+        ),
+    ] = None,
+    limit: o.Limit = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="Only part i of n, as i/n; merge the parts later.")
+    ] = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option("--merge", help="Folder of another part of this attack; repeatable.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Stop after this time: 90s, 10m, 2h.")] = None,
+    eps: o.Eps = None,
+    norm: o.Norm = None,
+    data: o.Data = None,
+    parent: Annotated[
+        list[Path] | None, typer.Option("--parent", help="ONNX file whose adversarial points may transfer; repeatable.")
+    ] = None,
+    arch: o.Arch = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    arch_arg: o.ArchArg = None,
+    batch_size: o.BatchSize = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the search net; pays off in long runs.")] = False,
+    health: Annotated[
+        bool, typer.Option("--health/--no-health", help="Check the attack itself, and draw curves.")
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of ledger and evidence; default: MODEL-SUITE.attack.")
+    ] = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    download: o.Download = False,
+    resume: o.Resume = True,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Robust accuracy under the strongest attacks, of a model file or of the very ONNX file that ships."""
+    from rprune.pipeline.attack_file import Plan, attack_file, check_suite, open_target, prepare_folder
+
+    plan = Plan(
+        suite=suite, limit=limit, shard=_shard(shard), budget=_seconds(budget), batch_size=batch_size or 256,
+        resume=resume, merge=tuple(merge or ()), health=health,
+    )  # fmt: skip
+    with ProgressLines(quiet or as_json) as reporter:
+        request = o.request(
+            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
+        )
+        opened = open_target(model, request, reporter, tuple(parent or ()), compiled)
+        name = plan.suite_for(opened)
+        check_suite(name, opened.bench)
+        output = output or _beside(model, name)
+        prepare_folder(output, force)
+        if opened.note and not quiet:
+            note(opened.note)
+        result = attack_file(opened, plan, output)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_attack(result, str(output))
+
+
+def _beside(model: Path, suite: str) -> Path:
+    """model.int8.onnx, aa-quant -> model.int8-aa-quant.attack"""
+    name = model.resolve().name if not model.name else model.name
+    stem = name if model.is_dir() else name.removesuffix(model.suffix)
+    return model.with_name(f"{stem}-{re.sub(r'[^A-Za-z0-9.-]+', '-', suite)}.attack")
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text.replace(" ", ""))
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"cannot read --shard {text}", "write i/n with i from 1 to n, for example 2/8")
+    return int(found[1]) - 1, int(found[2])
+
+
+def _seconds(text: str | None) -> float:
+    if text is None:
+        return math.inf
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not found:
+        raise UsageError(f"cannot read --budget {text}", "write a time with its unit: 90s, 10m or 2h")
+    return float(found[1]) * UNITS[found[2]]

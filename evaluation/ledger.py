@@ -1,0 +1,185 @@
+"""What every attack did to every sample, kept as it goes: an append-only file that survives a kill.
+
+The first line of the file is its key: what the rows hold for (artifact, data, suite, threat, seed, code). Every further
+line is one attack on some samples, whole or not there. Rows do not depend on how samples were put into batches, on
+their order, on shards, or on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rprune.errors import InputError, UsageError
+from rprune.files import canonical_json, digest_of
+
+FORMAT = "rprune.ledger/1"
+Status = Literal["survived", "fooled", "miss", "invalid"]
+"""Survived; fooled by the artifact's verdict; the search net's success that the artifact does not share; logits that
+are not finite at the point found. An attack without a row did not run on the sample."""
+
+
+class Witness(NamedTuple):
+    """A point that breaks a sample: the artifact's class there, its distance, and whether it is one of 8-bit pixels."""
+
+    x: Tensor
+    predicted: int
+    size: float
+    exact: bool
+
+
+class Row(NamedTuple):
+    """One attack on one sample. ``margin``: the lowest that the search net had; None where nothing was found."""
+
+    status: Status
+    queries: int
+    margin: float | None
+    witness: Witness | None = None
+
+
+class Clean(NamedTuple):
+    label: int
+    predicted: int
+
+
+@dataclass(eq=False)
+class Ledger:
+    """Rows by attack and sample id. Without ``path`` they stay in memory."""
+
+    key: Mapping[str, Any] | None = None
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.clean: dict[int, Clean] = {}
+        self.rows: dict[str, dict[int, Row]] = {}
+        self.witnesses: dict[int, tuple[str, Witness]] = {}  # sample -> the attack that broke it first, and its point
+
+    @classmethod
+    def open(cls, path: Path, key: Mapping[str, Any], *, resume: bool = True) -> Ledger:
+        """The ledger of a file, created where there is none; a line that was cut off is dropped.
+
+        Raises UsageError for a file with another key, InputError for one that is no ledger.
+        """
+        ledger = cls(key, path)
+        if path.exists() and resume:
+            whole = ledger._load(path)
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(canonical_json({"format": FORMAT, "key": dict(key)}) + "\n", encoding="utf-8")
+        return ledger
+
+    def merge(self, path: Path) -> None:
+        """Take over the rows of another file with the same key: a shard, or an earlier run.
+
+        Raises UsageError, InputError as :meth:`open`.
+        """
+        other = Ledger(self.key)
+        other._load(path)
+        self.add_clean({i: row for i, row in other.clean.items() if i not in self.clean})
+        for attack, rows in other.rows.items():
+            self.add(attack, {i: row for i, row in rows.items() if i not in self.rows.get(attack, {})})
+
+    def add_clean(self, rows: Mapping[int, Clean]) -> None:
+        self.clean |= rows
+        self._append({"clean": [[i, *row] for i, row in rows.items()]}, rows)
+
+    def add(self, attack: str, rows: Mapping[int, Row]) -> None:
+        self._take(attack, rows)
+        self._append({"attack": attack, "rows": [[i, *_plain(row)] for i, row in rows.items()]}, rows)
+
+    def tried(self, attack: str) -> Mapping[int, Row]:
+        """Rows of an attack by sample id."""
+        return self.rows.get(attack, {})
+
+    def canonical(self) -> str:
+        """The rows in the order of samples, one JSON line each: equal for equal results."""
+        lines = [canonical_json({"format": FORMAT, "key": None if self.key is None else dict(self.key)})]
+        for i in sorted(self.clean):
+            attacks = {name: _plain(rows[i]) for name, rows in self.rows.items() if i in rows}
+            lines.append(canonical_json({"id": i, **self.clean[i]._asdict(), "attacks": attacks}))
+        return "\n".join(lines) + "\n"
+
+    def _take(self, attack: str, rows: Mapping[int, Row]) -> None:
+        self.rows.setdefault(attack, {}).update(rows)
+        for i, row in rows.items():
+            if row.witness is not None:
+                self.witnesses.setdefault(i, (attack, row.witness))
+
+    def _append(self, line: dict[str, Any], rows: Mapping[int, Any]) -> None:
+        if self.path is None or not rows:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(canonical_json(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _load(self, path: Path) -> int:
+        """Read a file; returns how many of its bytes are whole lines."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"cannot read {path}: {error.strerror}", "name a ledger that 'rprune attack' wrote"
+            ) from None
+        whole = data.rfind(b"\n") + 1
+        try:
+            head, *lines = map(json.loads, data[:whole].decode().splitlines())
+            if head["format"] != FORMAT:
+                raise ValueError(f"format {head['format']}")
+            theirs = head["key"]
+            if self.key is not None and digest_of(theirs) != digest_of(dict(self.key)):
+                changed = [name for name in {**theirs, **self.key} if theirs.get(name) != self.key.get(name)]
+                raise UsageError(
+                    f"{path} holds another attack: {', '.join(sorted(changed))} differ",
+                    "choose another -o, or start anew with --no-resume",
+                )
+            for line in lines:
+                if "clean" in line:
+                    self.clean |= {i: Clean(label, guess) for i, label, guess in line["clean"]}
+                else:
+                    self._take(line["attack"], {i: _row(values) for i, *values in line["rows"]})
+        except (ValueError, KeyError, TypeError, zlib.error) as error:
+            raise InputError(f"{path} is not a ledger: {error}", "name one that 'rprune attack' wrote") from None
+        return whole
+
+
+def _plain(row: Row) -> list[Any]:
+    return [*row[:3], None if row.witness is None else _encode(row.witness)]
+
+
+def _row(values: Iterable[Any]) -> Row:
+    status, queries, margin, witness = values
+    return Row(status, queries, margin, None if witness is None else _decode(witness))
+
+
+def _encode(witness: Witness) -> dict[str, Any]:
+    """8-bit points as bytes, others as float32; level 1: speed counts, and the points are mostly noise."""
+    array = witness.x.numpy()
+    array = np.round(array * 255).astype(np.uint8) if witness.exact else array.astype("<f4")
+    text = base64.b64encode(zlib.compress(array.tobytes(), 1)).decode()
+    return {
+        "predicted": witness.predicted,
+        "size": witness.size,
+        "exact": witness.exact,
+        "shape": list(array.shape),
+        "x": text,
+    }
+
+
+def _decode(table: Mapping[str, Any]) -> Witness:
+    data = zlib.decompress(base64.b64decode(table["x"]))
+    array = np.frombuffer(data, np.uint8 if table["exact"] else "<f4").reshape(table["shape"])
+    x = torch.from_numpy(array.astype(np.float32))
+    return Witness(x / 255 if table["exact"] else x, table["predicted"], table["size"], table["exact"])

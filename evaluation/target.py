@@ -1,0 +1,108 @@
+"""What is attacked: the artifact that ships, and the nets that guide the search for points that break it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+ROWS = 32  # images in every call of a net on a CPU; more gains nothing there
+GPU_ROWS = 256
+INVALID = -1  # the class of logits that are not finite: wrong for every label, and no success of an attack either
+
+
+class Rows(nn.Module):
+    """A net that is always called with the same number of images, the last call filled up with copies.
+
+    Kernels choose their algorithm, and so their rounding, by the shape of the batch. At one shape a row's result does
+    not depend on the other rows or on its place (:func:`steady` sees to that), so results are the same bits whatever
+    the batches.
+    """
+
+    def __init__(self, net: nn.Module, rows: int = ROWS) -> None:
+        super().__init__()
+        self.net, self.rows = net, rows
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        missing = -len(x) % self.rows
+        full = torch.cat([x, x[:1].detach().expand(missing, *x.shape[1:])]) if missing else x
+        logits = [self.net(part) for part in torch.split(full, self.rows)]
+        return torch.cat(logits)[: len(x)]
+
+
+class SteadyLinear(nn.Module):
+    """A linear layer with both sizes filled up with zeros to multiples of 16.
+
+    At other sizes matrix kernels add up some rows of a batch in another order than others; convolutions do not.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.outputs = source.out_features
+        self.fill = -source.in_features % 16
+        weight = nn.functional.pad(source.weight.detach(), (0, self.fill, 0, -self.outputs % 16))
+        bias = torch.zeros(self.outputs).to(weight) if source.bias is None else source.bias.detach()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", nn.functional.pad(bias, (0, -self.outputs % 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.pad(x, (0, self.fill)), self.weight, self.bias)[..., : self.outputs]
+
+
+def steady(net: nn.Module) -> nn.Module:
+    """The net, or where it has linear layers of odd sizes a copy, in which a row's bits do not depend on its place."""
+
+    def odd(layer: nn.Module) -> bool:
+        return type(layer) is nn.Linear and bool(layer.in_features % 16 or layer.out_features % 16)
+
+    if odd(net):
+        assert isinstance(net, nn.Linear)
+        return SteadyLinear(net)
+    if any(odd(layer) for layer in net.modules()):
+        net = copy.deepcopy(net)
+        for parent in list(net.modules()):
+            for name, layer in parent.named_children():
+                if odd(layer):
+                    setattr(parent, name, SteadyLinear(layer))  # type: ignore[arg-type]  # odd layers are linear
+    return net
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A classifier under attack. All nets map images ``(b, c, h, w)`` in [0,1] to logits, in eval mode.
+
+    artifact: what ships; it alone says whether a point breaks a sample, and attacks without gradients query it.
+    search: a differentiable net of the same function (folded, frozen; the straight-through twin of an 8-bit file), or
+        None, when only attacks without gradients can run.
+    parents: nets that the artifact was made from (the float parent of an 8-bit file), whose points may transfer.
+    """
+
+    artifact: nn.Module
+    search: nn.Module | None
+    parents: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def of(
+        cls, artifact: nn.Module, search: nn.Module | None = None, parents: tuple[nn.Module, ...] = (), rows: int = ROWS
+    ) -> Target:
+        """A target whose nets are all called with ``rows`` images at a time, and compute each row the same way."""
+        nets = [None if net is None else Rows(steady(net.eval()), rows).eval() for net in (artifact, search, *parents)]
+        assert nets[0] is not None
+        return cls(nets[0], nets[1], tuple(net for net in nets[2:] if net is not None))
+
+    def logits(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """The artifact's logits, on the device of ``x``."""
+        with torch.no_grad():
+            logits: Tensor = self.artifact(x)
+        return logits.to(x.device)
+
+    def verdict(self, x: Float[Tensor, "b c h w"]) -> Int64[Tensor, " b"]:
+        """The artifact's class of each image, the first of equals; INVALID where a logit is not finite."""
+        logits = self.logits(x)
+        return logits.argmax(1).masked_fill(~torch.isfinite(logits).all(1), INVALID)

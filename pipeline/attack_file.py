@@ -1,0 +1,241 @@
+"""An attack on one model file, of ours or of a stranger: what ``rprune attack`` runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import rprune
+from rprune.attacks.suites import HARP_EPS, TABLES, with_transfer
+from rprune.data.loaders import loader
+from rprune.errors import InputError, UsageError
+from rprune.evaluation.ledger import Ledger
+from rprune.evaluation.robustness import chosen
+from rprune.evaluation.target import Target
+from rprune.files import KEY_FILE, check_ours, digest_of, file_digest, read_json, remove_result, write_json, write_text
+from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
+from rprune.pipeline.bench import Bench, Reporter
+from rprune.pipeline.claims import empirical_claims
+from rprune.pipeline.environment import environment, source_digest
+from rprune.pipeline.single import Request, open_data, open_model
+from rprune.pipeline.targets import CPU, is_quantized, of_artifact, of_onnx
+from rprune.reports.schema import Claim, Role
+from rprune.threat import ThreatModel
+
+SCHEMA = "rprune.attack/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A file ready to be attacked. ``note``: what the user should know of how it is searched."""
+
+    path: Path
+    bench: Bench
+    target: Target
+    role: Role
+    digest: str
+    gradient: str
+    verdict: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. ``suite`` None: aa-standard, or aa-quant for an 8-bit file. ``shard``: (i, n), i from 0."""
+
+    suite: str | None = None
+    limit: int | None = None
+    shard: tuple[int, int] = (0, 1)
+    budget: float = math.inf
+    batch_size: int = 256
+    resume: bool = True
+    merge: tuple[Path, ...] = ()
+    health: bool = True
+
+    def suite_for(self, opened: Opened) -> str:
+        return self.suite or ("aa-quant" if opened.target.parents or opened.role == "onnx-int8" else "aa-standard")
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One suite under one threat: its claims of clean and robust accuracy."""
+
+    name: str
+    suite: str
+    threat: ThreatModel
+    found: Assessment
+    claims: Sequence[Claim]
+
+    @property
+    def robust(self) -> Claim:
+        return self.claims[1]
+
+    def to_json(self) -> dict[str, Any]:
+        claims = [claim.model_dump(mode="json", exclude_none=True) for claim in self.claims]
+        return {"name": self.name, "suite": self.suite, "threat": str(self.threat), "claims": claims}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    opened: Opened
+    columns: list[Column] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        opened, data = self.opened, self.opened.bench.data
+        return {
+            "schema": SCHEMA,
+            "tool": {"name": "rprune", "version": rprune.__version__, "source_sha256": source_digest()},
+            "model": {"file": opened.path.name, "sha256": opened.digest, "role": opened.role},
+            "data": {"source": data.source, "split": "test", "sha256": data.test.digest},
+            "seed": opened.bench.seed,
+            "columns": [column.to_json() for column in self.columns],
+            "environment": environment(str(opened.bench.device)),
+        }
+
+
+def open_target(
+    path: Path, request: Request, reporter: Reporter, parents: Sequence[Path] = (), compiled: bool = False
+) -> Opened:
+    """A model file of any kind with its data and threat.
+
+    Beside a report (a bundle), an ONNX file needs no further word: data, threat and the float parent are found there.
+
+    Raises:
+        InputError: the file cannot be used, or does not go with the data.
+        UsageError: no data is named anywhere; a parent for a file that is not ONNX.
+    """
+    if path.suffix == ".onnx":
+        return _open_onnx(path, request, reporter, parents, compiled)
+    if parents:
+        raise UsageError("--parent is for ONNX files", "rprune's own files hold their float parent")
+    bench, artifact = open_model(path, request, reporter)
+    form, target = list(of_artifact(artifact, bench.device, compiled).items())[-1]
+    gradient = "8-bit simulation (straight-through) and float parent" if form == "8-bit" else "float model, folded"
+    if form == "8-bit":
+        bench.device = CPU  # where the simulation is exact
+    verdict = "the 8-bit simulation" if form == "8-bit" else "torch"
+    return Opened(path, bench, target, "weights", artifact.digest, gradient, f"{verdict} on {path.name}")
+
+
+def _open_onnx(path: Path, request: Request, reporter: Reporter, parents: Sequence[Path], compiled: bool) -> Opened:
+    report = path.with_name("report.json")
+    quantized = is_quantized(path)
+    if report.is_file():
+        table = read_json(report, "report")
+        request = _completed(request, table)
+        beside = path.with_name("model.onnx")
+        if quantized and not parents and beside.is_file() and beside != path:
+            parents = (beside,)
+    if request.arch is not None:
+        raise UsageError("--arch does not go with an ONNX file", "leave it out: the file holds its network")
+    bench = open_data(request, reporter)
+    target, why = of_onnx(path, tuple(parents), compiled)
+    bench.device = CPU
+    _check_fits(path, target, bench)
+    gradient = "the file's own graph in torch" + (", straight-through" if quantized else "")
+    gradient += f", and {', '.join(parent.name for parent in parents)}" if parents else ""
+    note = "" if why is None else f"no gradients: {why}; only attacks without gradients and transfers run"
+    role: Role = "onnx-int8" if quantized else "onnx"
+    verdict = f"ONNX Runtime on {path.name}"
+    return Opened(path, bench, target, role, file_digest(path), gradient if why is None else "none", verdict, note)
+
+
+def _completed(request: Request, report: Any) -> Request:
+    """What the user did not say, from the report of the bundle that the file lies in."""
+    from dataclasses import replace
+
+    try:
+        data, threat = report["data"]["source"], report["threat"]
+        said = replace(request, data=request.data or data)
+        if request.eps is None and request.norm is None:
+            said = replace(said, norm=threat["norm"], eps=threat["eps"])
+    except (KeyError, TypeError):
+        return request
+    return said
+
+
+def _check_fits(path: Path, target: Target, bench: Bench) -> None:
+    """Raises InputError when images and logits of the file are not those of the data."""
+    data = bench.data
+    batch = loader(data.test, CPU).take(chosen(len(data.test), 1))
+    try:
+        classes = target.logits(batch.x).shape[1]
+    except Exception as error:  # ONNX Runtime's errors share no base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(f"{path} does not take images of {data.shape}: {reason}", "give the matching --data") from None
+    if classes != len(data.classes):
+        raise InputError(
+            f"{path} has {classes} classes, {data.source} has {len(data.classes)}", "give the matching --data"
+        )
+
+
+def check_suite(name: str, bench: Bench) -> None:
+    """Raises UsageError for a name that is neither a suite, an attack, nor a table of suites."""
+    if name not in TABLES:
+        bench.suite(name)
+
+
+def prepare_folder(out: Path, force: bool) -> None:
+    """The folder of an attack; an earlier one in it is continued. Raises UsageError when it is not rprune's."""
+    check_ours(out)
+    if out.is_file():
+        raise UsageError(f"{out} is a file", "choose another -o: it becomes a folder")
+    if force:
+        remove_result(out)
+    if not out.exists():
+        write_json(out / KEY_FILE, {"key": "attack"})
+
+
+def attack_file(opened: Opened, plan: Plan, out: Path) -> Result:
+    """Run every column of the plan's suite, with ledgers and evidence in ``out``; called again, it continues.
+
+    Raises:
+        UsageError: unknown suite, or a ledger of another attack.
+        WorkError: a certified sample was broken.
+    """
+    name = plan.suite_for(opened)
+    result = Result(opened)
+    for threat in _threats(name, opened.bench.threat):
+        for column, suite in TABLES.get(name, {name: name}).items():
+            result.columns.append(_column(opened, plan, out, column, suite, threat))
+    write_json(out / "attack.json", result.to_json())
+    return result
+
+
+def _threats(name: str, threat: ThreatModel) -> list[ThreatModel]:
+    """HARP's table is shown with the eps of its text and with the one of its code."""
+    if name == "harp-table" and threat.norm == "linf" and threat.eps == 8 / 255:
+        return [threat, ThreatModel.of("linf", HARP_EPS)]
+    return [threat]
+
+
+def _column(opened: Opened, plan: Plan, out: Path, column: str, suite: str, threat: ThreatModel) -> Column:
+    bench, target = opened.bench, opened.target
+    attacks = bench.suite(suite)
+    if target.parents:
+        attacks = with_transfer(attacks)
+    test = loader(bench.data.test, bench.device)
+    key = ledger_key(f"{opened.digest}/{opened.role}", bench.data.test.digest, threat, attacks, bench.seed, target)
+    alone = plan.suite_for(opened) not in TABLES
+    folder = out if alone else out / f"{suite}-{digest_of(str(threat))[:6]}"
+    ledger = Ledger.open(folder / "ledger.jsonl", key, resume=plan.resume)
+    for other in plan.merge:
+        ledger.merge(other / "ledger.jsonl" if other.is_dir() else other)
+    found = assess(
+        target, test, threat, attacks, seed=bench.seed, ids=chosen(len(test), plan.limit, plan.shard), ledger=ledger,
+        batch_size=plan.batch_size, budget=plan.budget, health=plan.health and plan.shard == (0, 1),
+        on_progress=lambda name, *counts: bench.reporter.progress(name if alone else f"{column}: {name}", *counts),
+    )  # fmt: skip
+    write_evidence(folder, found.outcome, bench.data.shape)
+    write_text(folder / "samples.jsonl", ledger.canonical())
+    settings = {
+        "seed": bench.seed, "gradient": opened.gradient, "verdict": opened.verdict, "suite": key["suite"],
+        "broken": len(found.outcome.broken_ids), "queries": int(found.outcome.queries.sum()),
+    }  # fmt: skip
+    if plan.shard != (0, 1):
+        settings["shard"] = f"{plan.shard[0] + 1}/{plan.shard[1]}"
+    claims = empirical_claims(found, threat, opened.role, opened.digest, suite, settings)
+    return Column(column, suite, threat, found, claims)
