@@ -61,7 +61,12 @@ class Attack(Configured, ABC):
         return ATTACKS.name_of(self)
 
     def perturb(
-        self, net: nn.Module, x: Float[Tensor, "b c h w"], threat: ThreatModel, loss: Loss, noise: Noise  # noqa: ARG002
+        self,
+        net: nn.Module,
+        x: Float[Tensor, "b c h w"],
+        threat: ThreatModel,
+        loss: Loss,
+        noise: Noise,  # noqa: ARG002
     ) -> Float[Tensor, "b c h w"]:
         """Points inside ``threat`` around x with high ``loss``. ``net`` is in eval mode with frozen parameters.
 

@@ -81,8 +81,8 @@ HARP_EPS = "0.031"  # what HARP's code used for 8/255
 def suite(name: str, own: Mapping[str, Iterable[Any]] | None = None) -> tuple[Attack, ...]:
     """The attacks that a name means.
 
-    A name is one of ``own`` (a recipe's), of SUITES, of the registry of attacks (with its defaults), ``file.py:name`` of
-    an Attack or of a function ``(logits_fn, x, y) -> x_adv``, or several of these with commas.
+    A name is one of ``own`` (a recipe's), of SUITES, of the registry of attacks (with its defaults), ``file.py:name``
+    of an Attack or of a function ``(logits_fn, x, y) -> x_adv``, or several of these with commas.
 
     Raises UsageError for an unknown name, InputError for a file that cannot be loaded.
     """

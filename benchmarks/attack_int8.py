@@ -137,9 +137,7 @@ def table(result: dict[str, Any]) -> str:
         added = ""
         if name in union:
             key = union[name]
-            counts = [
-                sum(count for part, count in row["broken_by"].items() if part.startswith(key)) for row in whole
-            ]
+            counts = [sum(count for part, count in row["broken_by"].items() if part.startswith(key)) for row in whole]
             added = ", ".join(map(str, counts))
         lines.append(f"| {title} | {spread} | {added} |")
     return "\n".join(lines)

@@ -228,7 +228,7 @@ def measure(only: str | None, seeds: tuple[int, ...], before: dict[str, Any]) ->
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: strength beside the reference, and cost beside a plain run."""
-    lines = ["| on the oracle, 256 images | ours: robust accuracy over 5 seeds | reference AutoAttack |", "|---|---|---|"]
+    lines = ["| on the oracle, 256 images | ours: robust accuracy, 5 seeds | reference AutoAttack |", "|---|---|---|"]
     for name in PARTS:
         rows = [row for row in result["oracle"]["rows"] if row["part"] == name]
         values = [100 * row["correct"] / row["n"] for row in rows]
@@ -240,7 +240,8 @@ def table(result: dict[str, Any]) -> str:
     for name, title in (("speed", "oracle net, 256 images"), ("resnet18", "CIFAR ResNet-18, 8 images")):
         ours, slow = result[name]["ours"], result[name]["plain"]
         ratio = slow["cpu_seconds"] / ours["cpu_seconds"]
-        cells = [f"{ours[key] / ours['n']:,.0f} (plain {slow[key] / slow['n']:,.0f})" for key in ("gradients", "forwards")]
+        keys = ("gradients", "forwards")
+        cells = [f"{ours[key] / ours['n']:,.0f} (plain {slow[key] / slow['n']:,.0f})" for key in keys]
         lines.append(f"| {title} | {cells[0]} | {cells[1]} | {ratio:.1f} |")
     lines += ["", "| library, on the oracle | accuracy left | our suite | accuracy left | CPU time, theirs / ours |"]
     lines += ["|---|---|---|---|---|"]

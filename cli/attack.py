@@ -44,9 +44,7 @@ def attack(
     arch_arg: o.ArchArg = None,
     batch_size: o.BatchSize = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the search net; pays off in long runs.")] = False,
-    health: Annotated[
-        bool, typer.Option("--health/--no-health", help="Check the attack itself, and draw curves.")
-    ] = True,
+    health: o.Health = True,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of ledger and evidence; default: MODEL-SUITE.attack.")
     ] = None,

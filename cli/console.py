@@ -135,6 +135,10 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
+def interval(claim: Claim) -> str:
+    return f"[{100 * claim.interval.lower:.1f}, {100 * claim.interval.upper:.1f}]"
+
+
 def print_artifact(artifact: Artifact, where: str) -> None:
     """What a stage changed."""
     lineage = artifact.metadata.lineage
@@ -184,10 +188,9 @@ def print_attack(result: Result, where: str) -> None:
     for column in result.columns:
         robust, clean = column.robust, column.claims[0]
         rows = [
-            [f"{label} accuracy", " ".join([percent(c.value), *flags(c)]), f"[{100 * c.interval.lower:.1f}, {100 * c.interval.upper:.1f}]",
-             f"{c.correct}/{c.n}"]
+            [f"{label} accuracy", " ".join([percent(c.value), *flags(c)]), interval(c), f"{c.correct}/{c.n}"]
             for label, c in (("robust", robust), ("clean", clean))
-        ]  # fmt: skip
+        ]
         name = column.suite if column.name == column.suite else f"{column.name} ({column.suite})"
         print_table(
             f"{opened.path} on {opened.bench.data.source}/test, {column.threat}, {name}",
@@ -235,7 +238,7 @@ def print_report(report: Report, where: str) -> None:
             claim.metric.replace("_", " "),
             claim.artifact,
             " ".join([percent(claim.value), *flags(claim)]),
-            f"[{100 * claim.interval.lower:.1f}, {100 * claim.interval.upper:.1f}]",
+            interval(claim),
             f"{claim.correct}/{claim.n}",
             f"{claim.threat.norm} {claim.threat.eps}" if claim.threat else "",
             claim.method,

@@ -15,6 +15,7 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     suite: o.Suite = None,
     limit: o.Limit = None,
+    health: o.Health = True,
     certificates: Annotated[
         Path | None, typer.Option("--certificates", help="From 'certify'; default: beside the model, if there.")
     ] = None,
@@ -38,7 +39,7 @@ def export(
     from rprune.pipeline.single import Request, certificates_beside, open_model, read_certificates
     from rprune.reports.gate import read_policy
 
-    stage = validated(ExportStage, o.given(suite=suite, limit=limit), "options")
+    stage = validated(ExportStage, o.given(suite=suite, limit=limit, health=health), "options")
     bar = None if policy is None else read_policy(policy)
     output = output.resolve() if not output.name else output  # "." has no name beside which to work
     with ProgressLines(quiet or as_json) as reporter:

@@ -72,6 +72,9 @@ Suite = Annotated[
         "--suite", help="Attacks for robust accuracy: a name of 'rprune list suites', or several with commas."
     ),
 ]
+Health = Annotated[
+    bool, typer.Option("--health/--no-health", help="Check the attack itself, and find the curve over eps.")
+]
 Limit = Annotated[int | None, typer.Option("-n", "--limit", help="Only the first N test samples.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]

@@ -28,8 +28,11 @@ from rprune.threat import ThreatModel
 Progress = Callable[[str, int, int, int], None]
 """(attack, samples done, samples still robust, samples in all)"""
 CROSS_CHECK = PGD(steps=10)  # on samples whose robustness is proved: it must find nothing
-# for points that lose their effect in 8-bit pixels; targeted, as strong as what found them
-ONTO_GRID = APGD(steps=20, loss="margin", targets=9, overshoot=math.inf)
+ONTO_GRID: tuple[Attack, ...] = (
+    PGD(steps=20, loss="margin", overshoot=math.inf),
+    APGD(steps=20, loss="margin", targets=9, overshoot=math.inf),  # for what only targeted attacks break
+)
+"""For points that lose their effect in 8-bit pixels, one after another."""
 
 
 def chosen(total: int, limit: int | None = None, shard: tuple[int, int] = (0, 1)) -> Int64[Tensor, " n"]:
@@ -199,12 +202,13 @@ def _witnesses(
     rows = torch.nonzero(fooled).flatten()
     if len(rows):
         settle(rows, points[rows])
-    rows = torch.nonzero(fooled & ~exact).flatten()
     room = grid_room(threat, batch.x[0].numel())
-    if len(rows) and target.search is not None and room.eps > 0:
-        # a point just over the boundary falls back when rounded: look further inside
-        x, y, ids = (part[rows] for part in batch)
-        settle(rows, ONTO_GRID.evaluate(target.search, x, y, room, Keyed(seed, ids)).x)
+    for attack in ONTO_GRID:
+        rows = torch.nonzero(fooled & ~exact).flatten()
+        if len(rows) and target.search is not None and room.eps > 0:
+            # a point just over the boundary falls back when rounded: look further inside
+            x, y, ids = (part[rows] for part in batch)
+            settle(rows, attack.evaluate(target.search, x, y, room, Keyed(seed, ids)).x)
     return points, exact
 
 

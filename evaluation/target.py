@@ -33,26 +33,28 @@ class Rows(nn.Module):
         return torch.cat(logits)[: len(x)]
 
 
-class SteadyLinear(nn.Module):
-    """A linear layer with both sizes filled up with zeros to multiples of 16.
+def steady_product(x: Float[Tensor, "... k"], y: Float[Tensor, "k n"]) -> Float[Tensor, "... n"]:
+    """``x @ y``, both sizes of ``y`` filled up with zeros to multiples of 16.
 
     At other sizes matrix kernels add up some rows of a batch in another order than others; convolutions do not.
     """
+    inner, outer = (-size % 16 for size in y.shape)
+    if inner or outer:
+        x, filled = nn.functional.pad(x, (0, inner)), nn.functional.pad(y, (0, outer, 0, inner))
+        return (x @ filled)[..., : y.shape[1]]
+    return x @ y
 
-    weight: Tensor
-    bias: Tensor
+
+class SteadyLinear(nn.Module):
+    """A linear layer that computes every row of a batch in the same order."""
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
-        self.outputs = source.out_features
-        self.fill = -source.in_features % 16
-        weight = nn.functional.pad(source.weight.detach(), (0, self.fill, 0, -self.outputs % 16))
-        bias = torch.zeros(self.outputs).to(weight) if source.bias is None else source.bias.detach()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", nn.functional.pad(bias, (0, -self.outputs % 16)))
+        self.source = source
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.pad(x, (0, self.fill)), self.weight, self.bias)[..., : self.outputs]
+        product = steady_product(x, self.source.weight.t())
+        return product if self.source.bias is None else product + self.source.bias
 
 
 def steady(net: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rprune.errors import InputError
+from rprune.evaluation.target import steady_product
 from rprune.quantization.simulate import to_integers
 
 FLOATS, BOOL = (1, 10, 11, 16), 9  # TensorProto's numbers of float32, float16, float64 and bfloat16; of bool
@@ -111,8 +112,12 @@ def pool(a: Attributes, x: Tensor, average: bool) -> Tensor:
 
 def gemm(a: Attributes, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     x, y = x.t() if a.get("transA") else x, y.t() if a.get("transB") else y
-    alpha, beta = a.get("alpha", 1.0), a.get("beta", 1.0)
-    return alpha * (x @ y) if bias is None else torch.addmm(bias, x, y, beta=beta, alpha=alpha)
+    product = a.get("alpha", 1.0) * steady_product(x, y)
+    return product if bias is None else product + a.get("beta", 1.0) * bias
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    return steady_product(x, y) if y.dim() == 2 and x.dim() > 1 else x @ y
 
 
 def batch_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -241,7 +246,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "GlobalMaxPool": lambda x: x.amax((2, 3), keepdim=True),
     "HardSwish": F.hardswish,
     "Identity": lambda x: x,
-    "MatMul": torch.matmul,
+    "MatMul": matmul,
     "Mul": torch.mul,
     "Neg": torch.neg,
     "PRelu": lambda x, slope: torch.where(x < 0, slope * x, x),

@@ -101,7 +101,7 @@ class _Reader:
         nodes = [(node, self._read(node)) for node in self.graph.node]
         output = self.graph.output[0].name
         logits = self.values[output]
-        need(True, "its output has no gradient with respect to its input")
+        need(output in self.live and logits.requires_grad, "its output has no gradient with respect to its input")
         need(logits.dim() == 2, f"its output has {logits.dim()} dimensions, not two")
         steps: list[_Step] = []
         constants: dict[str, Tensor] = {}
@@ -123,14 +123,14 @@ class _Reader:
             inputs = [self.values[name] if name else None for name in node.input]
             results = _tuple(compute(*[self._shadow(node, place, value) for place, value in enumerate(inputs)]))
             sizes = [result.numel() for result in results]
-            need(True or max(sizes) <= LARGEST, "its result is too large")
+            need(max(sizes) <= LARGEST, "its result is too large")
             if self.live.isdisjoint(node.input):
                 self.folded += sum(sizes)
                 need(self.folded <= LARGEST, "the constants of the file become too large")
                 results = _tuple(compute(*inputs))
             else:
                 on_host = any(result.is_floating_point() and not result.is_meta for result in results)
-                need(True or not on_host, "floats made from shapes are not supported")  # they would not follow to a GPU
+                need(not on_host, "floats made from shapes are not supported")  # they would not follow to a GPU
                 self.live.update(name for name, _ in zip(node.output, results, strict=False) if name)
             self.values.update(zip(node.output, results, strict=False))
         except Exception as error:  # as above

@@ -74,14 +74,16 @@ def assess(
         target, data, threat, attacks, seed=seed, ids=ids, limit=limit, batch_size=batch_size, ledger=ledger,
         budget=budget, certified=certified, on_progress=on_progress,
     )  # fmt: skip
-    right = outcome.ids[outcome.clean.right]
-    if not health or not len(right) or threat.eps == 0:
+    if not health:
         return Assessment(outcome)
+    right = outcome.ids[outcome.clean.right]
     probe = data.take(right[:PROBE])
-    checks = examine(target, probe, threat, outcome, seed)
-    curve = security_curve(target, data.take, threat, outcome, seed)
-    found = distances(target, probe, threat.norm, seed) if target.search is not None else torch.zeros(0)
-    return Assessment(outcome, tuple(checks), tuple(curve), tuple(d if math.isfinite(d) else None for d in found.tolist()))
+    checks = tuple(examine(target, probe, threat, outcome, seed))
+    if not len(right) or threat.eps == 0:
+        return Assessment(outcome, checks)
+    curve = tuple(security_curve(target, data.take, threat, outcome, seed))
+    found = distances(target, probe, threat.norm, seed).tolist() if target.search is not None else []
+    return Assessment(outcome, checks, curve, tuple(d if math.isfinite(d) else None for d in found))
 
 
 def write_evidence(

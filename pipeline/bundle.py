@@ -269,7 +269,7 @@ def _attack(
     ledger = Ledger.open(path.with_suffix(LEDGER), key)
     found = assess(
         target, loader(test, device), bench.threat, attacks, seed=bench.seed, limit=stage.limit, ledger=ledger,
-        certified=proved,
+        certified=proved, health=stage.health,
         on_progress=lambda name, *counts: bench.reporter.progress(f"{name} on {role}", *counts),
     )  # fmt: skip
     path.with_suffix(LEDGER).unlink()

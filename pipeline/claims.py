@@ -61,11 +61,16 @@ def empirical_claims(
         curve=[Point(at=eps, correct=correct, value=correct / n) for eps, correct in found.curve],
         attacks=[
             AttackRow(
-                name=t.name, kind=t.kind, tried=t.tried, broken=t.broken, misses=t.misses, invalid=t.invalid,
+                name=t.name,
+                kind=t.kind,
+                tried=t.tried,
+                broken=t.broken,
+                misses=t.misses,
+                invalid=t.invalid,
                 queries=t.queries,
             )
             for t in outcome.tallies
-        ],  # fmt: skip
+        ],
         health=Health.of(checks) if checks else None,
         distances=list(found.distances),
         complete=outcome.complete,

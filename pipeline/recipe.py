@@ -134,6 +134,7 @@ class ExportStage(Section):
 
     kind: Literal["export"] = "export"
     suite: str = "aa-lite"
+    health: bool = True  # check the attack itself; without, a gate does not accept robust accuracy
     limit: Positive | None = None
 
 

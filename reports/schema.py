@@ -176,8 +176,8 @@ class Claim(Part):
 
     @property
     def reliable(self) -> bool:
-        """No health check failed."""
-        return self.health is None or self.health.status == "ok"
+        """Not an attack's number, or one whose health was checked and found in order."""
+        return self.kind != "empirical-upper-bound" if self.health is None else self.health.status == "ok"
 
     @pydantic.model_validator(mode="after")
     def _counts_fit(self) -> Claim:

@@ -71,8 +71,10 @@ def in_steps(threat: Threat) -> bool:
 def doubts(claim: Claim) -> list[str]:
     """Why a claim is weaker than its kind says; each begins with the word that flags its number."""
     found = []
-    if claim.health is not None and not claim.reliable:
+    if claim.health is not None and claim.health.failed:
         found.append("UNRELIABLE: " + ", ".join(f"{check.id} {check.name}" for check in claim.health.failed))
+    if claim.health is None and not claim.reliable:
+        found.append("UNEXAMINED: the health of the attack was not checked")
     if not claim.complete:
         found.append("INCOMPLETE: a time budget ended the attacks early")
     return found

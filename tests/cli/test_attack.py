@@ -87,7 +87,9 @@ def test_shards_merge_to_the_whole(folder, call):
     whole = call("attack", INT8, "--suite", "fgsm", "-n", 40, "--no-health", "-o", "whole", cwd=folder)
     assert whole.code == 0, whole.err
     for part in (1, 2, 3):
-        said = call("attack", INT8, "--suite", "fgsm", "-n", 40, "--shard", f"{part}/3", "-o", f"part{part}", cwd=folder)
+        said = call(
+            "attack", INT8, "--suite", "fgsm", "-n", 40, "--shard", f"{part}/3", "-o", f"part{part}", cwd=folder
+        )
         assert said.code == 0, said.err
     merge = [option for part in (1, 2, 3) for option in ("--merge", f"part{part}")]
     merged = call("attack", INT8, "--suite", "fgsm", "-n", 40, "--no-health", *merge, "-o", "merged", cwd=folder)
@@ -127,12 +129,16 @@ def test_a_table_has_a_column_for_every_suite_and_a_row_for_every_eps(folder, ca
         ("FGSM", "linf 0.031"),
         ("PGD-10", "linf 0.031"),
     ]
-    assert {c["claims"][1]["attacks"][0]["tried"] for c in found["columns"]} == {found["columns"][0]["claims"][0]["correct"]}
+    assert {c["claims"][1]["attacks"][0]["tried"] for c in found["columns"]} == {
+        found["columns"][0]["claims"][0]["correct"]
+    }
 
 
 def test_an_attack_of_the_users_own_has_a_place_in_a_suite(folder, call):
     (folder / "own.py").write_text(OWN)
-    said = call("attack", "out/model.onnx", "--suite", "fgsm,own.py:corner", "-n", 20, "--json", cwd=folder)
+    said = call(
+        "attack", "out/model.onnx", "--suite", "fgsm,own.py:corner", "-n", 20, "--no-health", "--json", cwd=folder
+    )
     assert said.code == 0, said.err
     attacks = said.json["columns"][0]["claims"][1]["attacks"]
     assert [row["name"] for row in attacks] == ["fgsm", "corner"]

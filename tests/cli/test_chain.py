@@ -24,7 +24,17 @@ def json_chain(call, tmp_path_factory):
         ("quantize", "m-lwm-0.5-finetuned.safetensors"),
         ("certify", "m-lwm-0.5-finetuned-int8.safetensors", "--n", 100, "--limit", 10),
         ("evaluate", "m-lwm-0.5-finetuned-int8.safetensors", "--limit", 20, "--suite", "fgsm"),
-        ("export", "m-lwm-0.5-finetuned-int8.safetensors", "-o", "out", "--suite", "fgsm", "--limit", 20),
+        (
+            "export",
+            "m-lwm-0.5-finetuned-int8.safetensors",
+            "-o",
+            "out",
+            "--suite",
+            "fgsm",
+            "--limit",
+            20,
+            "--no-health",
+        ),
         ("verify", "out"),
         ("gate", "out", "--min", "sparsity=0.5"),
         ("report", "out"),
@@ -141,7 +151,7 @@ def test_existing_output_is_kept_without_force(call, chain, tmp_path, contents):
         ("finetune", "model.pt", "--epochs", 1, "-o", "a.pt"),
         ("quantize", "model.pt", "-o", "full"),
         ("certify", INT8, "--n", 100, "--limit", 2, "-o", "a.json"),
-        ("export", INT8, "-o", "full", "--suite", "fgsm", "--limit", 5),
+        ("export", INT8, "-o", "full", "--suite", "fgsm", "--limit", 5, "--no-health"),
     ):
         said = call(*command, "-q", cwd=tmp_path)
         assert said.code == 2, command
@@ -192,7 +202,7 @@ def test_harp_reaches_the_export(call, chain, tmp_path):
     assert call("prune", "model.pt", "-s", 0.9, "--epochs", 2, "-o", "p.pt", "-q", cwd=tmp_path).code == 0
     assert call("finetune", "p.pt", "--epochs", 1, "-o", "f.pt", "-q", cwd=tmp_path).code == 0
     assert call("quantize", "f.pt", "-o", "q.pt", "-q", cwd=tmp_path).code == 0
-    said = call("export", "q.pt", "-o", "out", "--suite", "fgsm", "--limit", 20, "--json", cwd=tmp_path)
+    said = call("export", "q.pt", "-o", "out", "--suite", "fgsm", "--limit", 20, "--no-health", "--json", cwd=tmp_path)
     assert said.code == 0, said.err
     assert said.json["sparsity"]["kept"] == said.json["sparsity"]["budget"] == 2224
 

@@ -16,7 +16,7 @@ from rprune.data.loaders import Resident
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import SmoothedSet, certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
-from rprune.evaluation.target import Target
+from rprune.evaluation.target import Rows, Target, steady
 from rprune.models.graph import trace
 from rprune.threat import ThreatModel
 
@@ -324,3 +324,42 @@ def test_smoothing_a_split_is_replayed_sample_by_sample(net: Net, data: Resident
     assert found.labels == data.labels[:12].tolist()
     again = smoothing.certify(predict, data.images[7].float() / 255, 3, 5, 7)
     assert found.verdicts[7] == again
+
+
+# -- nets whose rows do not depend on their batch -------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Linear layers of sizes at which matrix kernels round some rows otherwise, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.again, self.head = nn.Linear(16, 97), nn.Linear(97, 97, bias=False), nn.Linear(97, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.again(torch.relu(self.again(torch.relu(self.first(x.flatten(1))))))))
+
+
+def test_steady_net_is_the_same_function_with_rows_of_their_own() -> None:
+    odd = Odd().eval()
+    net, x = Rows(steady(odd)), torch.rand(50, *SHAPE)
+    assert isinstance(odd.head, nn.Linear)
+
+    def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.clone().requires_grad_()
+        logits = net(images)
+        return logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum(), images)[0]
+
+    logits, gradient = both(x)
+    torch.testing.assert_close(logits, odd(x).detach(), rtol=1e-5, atol=1e-6)
+    for _ in range(5):
+        part = torch.randperm(50)[:37]
+        again = both(x[part])
+        assert torch.equal(again[0], logits[part])
+        assert torch.equal(again[1], gradient[part])
+
+
+def test_a_net_without_odd_sizes_is_not_copied() -> None:
+    even = nn.Sequential(nn.Flatten(), nn.Linear(16, 32))
+    assert steady(even) is even

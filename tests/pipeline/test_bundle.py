@@ -127,7 +127,7 @@ def test_lineage_and_gate(made, quantized):
 
 
 def test_float_model_alone(bench, trained, tmp_path):
-    report = export(bench, trained, ExportStage(suite="fgsm", limit=20), tmp_path, Source("x", {}))
+    report = export(bench, trained, ExportStage(suite="fgsm", limit=20, health=False), tmp_path, Source("x", {}))
     assert report.subject("onnx-int8") is None
     assert report.sparsity.measured_on == "onnx"
     assert {claim.artifact for claim in report.claims} == {"onnx"}
@@ -158,7 +158,14 @@ def test_a_broken_sample_that_is_certified_is_a_bug(bench, quantized, certificat
     forged["ibp"]["levels"][0] |= {"eps": "0.5", "proved": [1] * N}
     bench_of_attack = type(bench)(bench.data, bench.section, ThreatModel.of("linf", "0.5"), 0, bench.device)
     with pytest.raises(WorkError, match="certified and broken"):
-        export(bench_of_attack, quantized, ExportStage(suite="fgsm", limit=N), tmp_path, Source("x", {}), forged)
+        export(
+            bench_of_attack,
+            quantized,
+            ExportStage(suite="fgsm", limit=N, health=False),
+            tmp_path,
+            Source("x", {}),
+            forged,
+        )
     assert not (tmp_path / "report.json").exists()
     assert proved_samples(bench, {}) is None
 

@@ -62,7 +62,21 @@ def test_export_with_force_spares_a_folder_of_others(model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
     with pytest.raises(SystemExit) as done:
-        main(["export", str(model), "-o", str(tmp_path / "out"), "--suite", "fgsm", "--limit", "10", "-q", "--force"])
+        main(
+            [
+                "export",
+                str(model),
+                "-o",
+                str(tmp_path / "out"),
+                "--suite",
+                "fgsm",
+                "--limit",
+                "10",
+                "--no-health",
+                "-q",
+                "--force",
+            ]
+        )
     assert done.value.code == 2
     assert (tmp_path / "out" / "thesis.txt").exists()
 
@@ -109,7 +123,11 @@ def test_a_model_of_one_class_is_called_that(bench, trained, tmp_path):
     last = [name for name in state if name.endswith("bias")][-1]
     state[last][3] = 1e6
     report = export(
-        bench, Artifact(trained.metadata, state), ExportStage(suite="fgsm", limit=20), tmp_path, Source("x", {})
+        bench,
+        Artifact(trained.metadata, state),
+        ExportStage(suite="fgsm", limit=20, health=False),
+        tmp_path,
+        Source("x", {}),
     )
     assert any("one class for every sample" in line for line in report.warnings)
     assert "one class for every sample" in (tmp_path / "report.html").read_text()

@@ -52,6 +52,7 @@ n = 100
 smoothing_limit = 5
 [[stage]]
 kind = "export"
+health = false
 suite = "pgd10"
 limit = 40
 """

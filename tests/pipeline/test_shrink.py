@@ -76,7 +76,11 @@ def test_quantize_export_and_verify_take_it(bench, small, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     export(
-        bench, quantize_8bit(bench, small, QuantizeStage()), ExportStage(suite="fgsm", limit=40), out, Source("s", {})
+        bench,
+        quantize_8bit(bench, small, QuantizeStage()),
+        ExportStage(suite="fgsm", limit=40, health=False),
+        out,
+        Source("s", {}),
     )
     report = read_report(out)
     assert report.sparsity.dense_total == small.metadata.dense_total

@@ -183,12 +183,16 @@ def _claim(kind: Any, metric: Any, role: Role, correct: int, n: int, **more: Any
     )
 
 
+def _row(name: str, kind: Any, tried: int, broken: int, misses: int, queries: int) -> AttackRow:
+    return AttackRow(name=name, kind=kind, tried=tried, broken=broken, misses=misses, queries=queries)
+
+
 def _attack_fields(role: str, curves: bool, weak: bool, complete: bool) -> dict[str, Any]:
     counts, weak = SECURITY[role], weak and role == "onnx-int8"
     spread = np.exp(np.random.default_rng(1).normal(np.log(8.4 / 255), 0.55, 32))
     distances = [None if i == 5 else round(float(d), 6) for i, d in enumerate(spread)]
     return {
-        "attacks": [AttackRow.model_validate(dict(zip(AttackRow.model_fields, r, strict=True))) for r in SUITES[role]],
+        "attacks": [_row(*row) for row in SUITES[role]],
         "health": _health(role, weak),
         "complete": complete or role == "onnx",
         "distances": distances if curves else [],

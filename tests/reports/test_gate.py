@@ -124,9 +124,13 @@ def test_incomplete_attack_fails_the_rule_unless_it_is_allowed(load_helper):
     assert "; INCOMPLETE: " in message
 
 
-def test_report_that_says_nothing_of_its_attack_is_judged_by_its_counts(load_helper):
+def test_attack_that_nobody_examined_does_not_pass(load_helper):
     report = load_helper("reports/sample_report.py").sample_report(None, attacked=False)
-    assert rule(report, metric="robust_accuracy", value=0.4).passed
+    found = rule(report, metric="robust_accuracy", value=0.4)
+    assert not found.passed
+    assert found.message.startswith("UNEXAMINED")
+    assert rule(report, metric="robust_accuracy", value=0.4, allow_unreliable=True).passed
+    assert rule(report, metric="clean_accuracy", value=0.4).passed
 
 
 def test_switch_of_the_command_line(load_helper, tmp_path, capsys):

@@ -261,7 +261,7 @@ def test_strip_says_which_attack_and_how_far(page: str) -> None:
 
 def test_reports_of_the_first_kind_render() -> None:
     text = Outline(render_html(sample.sample_report(attacked=False, **SHORT))).text
-    assert "Gate passed" in text
+    assert "UNEXAMINED" in text
     assert "Check of the attack's health" not in text
 
 

@@ -437,11 +437,13 @@ def edit_data_digest(b: Bundle) -> None:
 def edit_fewer_clean_errors(b: Bundle) -> None:
     b.forget()
     b.count("clean_accuracy", 1)
+    b.judge()
 
 
 def edit_fewer_clean_errors_of_the_float_file(b: Bundle) -> None:
     b.forget()
     b.count("clean_accuracy", 1, "onnx")
+    b.judge()
 
 
 def edit_more_robust(b: Bundle) -> None:
@@ -611,6 +613,9 @@ def test_bundle_of_the_first_kind(bundle):
     bundle.tensors(lambda tensors: {"index": tensors["float_index"], "x": tensors["float_x"]})
     bundle.samples(lambda rows: rows.__setitem__(slice(None), [{name: row[name] for name in COLUMNS} for row in rows]))
     bundle.forget()
+    bundle.seal()
+    assert failed(bundle.verify()) == {"gate"}  # which now asks for the health of the attack
+    bundle.judge()
     bundle.seal()
     assert bundle.verify().passed
     bundle.samples(lambda rows: next(row for row in rows if row["attack"]).update(attack=""))
