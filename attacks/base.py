@@ -62,10 +62,10 @@ class Attack(Configured, ABC):
 
     def perturb(
         self,
-        net: nn.Module,
-        x: Float[Tensor, "b c h w"],
-        threat: ThreatModel,
-        loss: Loss,
+        net: nn.Module,  # noqa: ARG002
+        x: Float[Tensor, "b c h w"],  # noqa: ARG002
+        threat: ThreatModel,  # noqa: ARG002
+        loss: Loss,  # noqa: ARG002
         noise: Noise,  # noqa: ARG002
     ) -> Float[Tensor, "b c h w"]:
         """Points inside ``threat`` around x with high ``loss``. ``net`` is in eval mode with frozen parameters.

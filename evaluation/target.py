@@ -50,11 +50,11 @@ class SteadyLinear(nn.Module):
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
-        self.source = source
+        self.weight, self.bias = source.weight, source.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        product = steady_product(x, self.source.weight.t())
-        return product if self.source.bias is None else product + self.source.bias
+        product = steady_product(x, self.weight.t())
+        return product if self.bias is None else product + self.bias
 
 
 def steady(net: nn.Module) -> nn.Module:

@@ -112,7 +112,7 @@ def pool(a: Attributes, x: Tensor, average: bool) -> Tensor:
 
 def gemm(a: Attributes, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     x, y = x.t() if a.get("transA") else x, y.t() if a.get("transB") else y
-    product = a.get("alpha", 1.0) * steady_product(x, y)
+    product: Tensor = a.get("alpha", 1.0) * steady_product(x, y)
     return product if bias is None else product + a.get("beta", 1.0) * bias
 
 

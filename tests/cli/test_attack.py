@@ -1,4 +1,4 @@
-"""rprune attack: on files of ours, on the ONNX files of a bundle, in parts, with a budget, with code of the user's own."""
+"""rprune attack: files of ours, ONNX files of a bundle, in parts, with a budget, with code of the user's own."""
 
 import csv
 import json

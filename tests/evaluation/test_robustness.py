@@ -343,7 +343,7 @@ class Odd(nn.Module):
 
 def test_steady_net_is_the_same_function_with_rows_of_their_own() -> None:
     odd = Odd().eval()
-    net, x = Rows(steady(odd)), torch.rand(50, *SHAPE)
+    net, x = Rows(steady(steady(odd))), torch.rand(50, *SHAPE)
     assert isinstance(odd.head, nn.Linear)
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
