@@ -7,8 +7,8 @@
 oracle: aa-standard and its parts over five seeds on the adversarially trained net of tests/data/attacks-linf (256
 images, linf 0.08) beside what reference AutoAttack reached there (results.json; measured once, torch 2.13).
 l2: the parts and their union on a net trained with PGD-AT in l2 (digits, eps 0.5, 359 images); there is no reference.
-speed: aa-standard on the oracle, as it is against a plain run: no sample leaves before its budget is spent, the net neither
-folded nor frozen. Gradients and further forward passes are counted a sample, the time is a ratio within one run.
+speed: aa-standard on the oracle, as it is against a plain run: no sample leaves before its budget is spent, and the
+net is not folded. Gradients and further forward passes are counted a sample, the time is a ratio within one run.
 resnet18: the same for a CIFAR ResNet-18 with random weights and a few random images.
 libraries: AutoAttack or the nearest thing of foolbox, ART and torchattacks on the oracle, those that are installed
 (pip install 'rprune[bench]').
@@ -268,7 +268,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {cells[0]} | {100 * reference:.2f} | {cells[1]} |")
     lines += ["", "| aa-standard | gradients a sample | other forward passes a sample | CPU time, plain / ours |"]
     lines += ["|---|---|---|---|"]
-    for name, title in (("speed", "oracle net, 256 images"), ("resnet18", "CIFAR ResNet-18 (width 8, random weights), 32 images")):
+    titles = {"speed": "oracle net, 256 images", "resnet18": "CIFAR ResNet-18 (width 8, random weights), 32 images"}
+    for name, title in titles.items():
         ours, slow = result[name]["ours"], result[name]["plain"]
         ratio = slow["cpu_seconds"] / ours["cpu_seconds"]
         keys = ("gradients", "forwards")
