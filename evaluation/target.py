@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-ROWS = 32  # images in every call of a net on a CPU; more gains nothing there
-GPU_ROWS = 256
+# Images in every call of a net. On a CPU 32 fill it at 3x32x32; a net of smaller images spends its time on calls.
+ROWS, SMALL_ROWS, GPU_ROWS = 32, 128, 256
+SMALL = 2048  # values an image
 INVALID = -1  # the class of logits that are not finite: wrong for every label, and no success of an attack either
 
 
@@ -22,14 +23,16 @@ class Rows(nn.Module):
     the batches.
     """
 
-    def __init__(self, net: nn.Module, rows: int = ROWS) -> None:
+    def __init__(self, net: nn.Module, rows: int | None = None) -> None:
+        """``rows`` None: what suits size and device of the images."""
         super().__init__()
         self.net, self.rows = net, rows
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        missing = -len(x) % self.rows
+        rows = self.rows or (GPU_ROWS if x.is_cuda else SMALL_ROWS if x[:1].numel() < SMALL else ROWS)
+        missing = -len(x) % rows
         full = torch.cat([x, x[:1].detach().expand(missing, *x.shape[1:])]) if missing else x
-        logits = [self.net(part) for part in torch.split(full, self.rows)]
+        logits = [self.net(part) for part in torch.split(full, rows)]
         return torch.cat(logits)[: len(x)]
 
 
@@ -90,11 +93,9 @@ class Target:
     parents: tuple[nn.Module, ...] = ()
 
     @classmethod
-    def of(
-        cls, artifact: nn.Module, search: nn.Module | None = None, parents: tuple[nn.Module, ...] = (), rows: int = ROWS
-    ) -> Target:
-        """A target whose nets are all called with ``rows`` images at a time, and compute each row the same way."""
-        nets = [None if net is None else Rows(steady(net.eval()), rows).eval() for net in (artifact, search, *parents)]
+    def of(cls, artifact: nn.Module, search: nn.Module | None = None, parents: tuple[nn.Module, ...] = ()) -> Target:
+        """A target in whose nets every row is computed the same way whatever the batch."""
+        nets = [None if net is None else Rows(steady(net.eval())).eval() for net in (artifact, search, *parents)]
         assert nets[0] is not None
         return cls(nets[0], nets[1], tuple(net for net in nets[2:] if net is not None))
 

@@ -41,15 +41,14 @@ class Assessment:
 
 
 def ledger_key(
-    artifact: str, data: str, threat: ThreatModel, attacks: Sequence[Attack], seed: int, target: Target, **more: Any
+    artifact: str, data: str, threat: ThreatModel, attacks: Sequence[Attack], seed: int, device: str, **more: Any
 ) -> dict[str, Any]:
     """What the rows of a ledger hold for. ``artifact`` and ``data`` are sha256 digests."""
     specs = [repr(attack) for attack in attacks]
     code = [getattr(attack, "function", "") for attack in attacks]
-    rows = getattr(target.artifact, "rows", None)
     return {
         "artifact": artifact, "data": data, "threat": [threat.norm, threat.eps], "suite": specs, "seed": seed,
-        "rows": rows, "code": source_digest(), "user_code": referenced_files(code), **more,
+        "device": device, "code": source_digest(), "user_code": referenced_files(code), **more,
     }  # fmt: skip
 
 

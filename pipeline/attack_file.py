@@ -218,7 +218,9 @@ def _column(opened: Opened, plan: Plan, out: Path, column: str, suite: str, thre
     if target.parents:
         attacks = with_transfer(attacks)
     test = loader(bench.data.test, bench.device)
-    key = ledger_key(f"{opened.digest}/{opened.role}", bench.data.test.digest, threat, attacks, bench.seed, target)
+    key = ledger_key(
+        f"{opened.digest}/{opened.role}", bench.data.test.digest, threat, attacks, bench.seed, bench.device.type
+    )
     alone = plan.suite_for(opened) not in TABLES
     folder = out if alone else out / f"{suite}-{digest_of(str(threat))[:6]}"
     ledger = Ledger.open(folder / "ledger.jsonl", key, resume=plan.resume)

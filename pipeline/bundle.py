@@ -264,7 +264,7 @@ def _attack(
     device = CPU if target.parents else bench.device
     test = bench.data.test
     key = ledger_key(
-        file_digest(path), test.digest, bench.threat, attacks, bench.seed, target, certified=proved is not None
+        file_digest(path), test.digest, bench.threat, attacks, bench.seed, device.type, certified=proved is not None
     )
     ledger = Ledger.open(path.with_suffix(LEDGER), key)
     found = assess(

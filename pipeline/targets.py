@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rprune.errors import InputError
-from rprune.evaluation.target import GPU_ROWS, ROWS, Target, steady
+from rprune.evaluation.target import Target, steady
 from rprune.export.compact import compact
 from rprune.export.session import OnnxClassifier, stored_weights
 from rprune.export.twin import onnx_twin
@@ -47,7 +47,7 @@ def of_artifact(artifact: Artifact, device: torch.device, compiled: bool = False
     model, twin = networks(artifact)
     shape = artifact.metadata.arch.input_shape
     guide = search_net(model, shape, device, compiled)
-    found = {"float": Target.of(model.to(device), guide, rows=_rows(device))}
+    found = {"float": Target.of(model.to(device), guide)}
     if twin is not None:
         found["8-bit"] = Target.of(twin, twin, (guide.to(CPU),))
     return found
@@ -59,7 +59,7 @@ def of_export(
     """A file of a bundle: ONNX Runtime over it, guided by what it was made from."""
     if twin is not None:
         return Target.of(OnnxNet(path), twin, (search_net(model, shape, CPU),))
-    return Target.of(OnnxNet(path), search_net(model, shape, device), rows=_rows(device))
+    return Target.of(OnnxNet(path), search_net(model, shape, device))
 
 
 def of_onnx(path: Path, parents: tuple[Path, ...] = (), compiled: bool = False) -> tuple[Target, str | None]:
@@ -80,7 +80,3 @@ def of_onnx(path: Path, parents: tuple[Path, ...] = (), compiled: bool = False) 
 def is_quantized(path: Path) -> bool:
     """Whether an ONNX file stores weights in 8 bits."""
     return any(array.dtype.name in ("int8", "uint8") for array in stored_weights(path).values())
-
-
-def _rows(device: torch.device) -> int:
-    return ROWS if device.type == "cpu" else GPU_ROWS
