@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,28 +13,56 @@ from torch import Tensor, nn
 # Images in every call of a net. On a CPU 32 fill it at 3x32x32; a net of smaller images spends its time on calls.
 ROWS, SMALL_ROWS, GPU_ROWS = 32, 128, 256
 SMALL = 2048  # values an image
+STEP = 8  # sizes of the last call, where a trial shows that rows are alike at all of them
 INVALID = -1  # the class of logits that are not finite: wrong for every label, and no success of an attack either
 
 
 class Rows(nn.Module):
-    """A net that is always called with the same number of images, the last call filled up with copies.
+    """A net that is called with a fixed number of images, the last call filled up with copies.
 
     Kernels choose their algorithm, and so their rounding, by the shape of the batch. At one shape a row's result does
     not depend on the other rows or on its place (:func:`steady` sees to that), so results are the same bits whatever
-    the batches.
+    the batches. Before the first call the net is tried at smaller sizes, with random images: where logits and gradients
+    are the same bits at all of them, as is usual with one thread, the last call is filled up to a multiple of 8 only.
     """
 
     def __init__(self, net: nn.Module, rows: int | None = None) -> None:
         """``rows`` None: what suits size and device of the images."""
         super().__init__()
         self.net, self.rows = net, rows
+        self._steps: dict[Any, int] = {}
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         rows = self.rows or (GPU_ROWS if x.is_cuda else SMALL_ROWS if x[:1].numel() < SMALL else ROWS)
-        missing = -len(x) % rows
+        missing = -len(x) % self._step(x, rows)
         full = torch.cat([x, x[:1].detach().expand(missing, *x.shape[1:])]) if missing else x
         logits = [self.net(part) for part in torch.split(full, rows)]
         return torch.cat(logits)[: len(x)]
+
+    def _step(self, x: Tensor, rows: int) -> int:
+        """What the number of images has to be a multiple of."""
+        case = x.shape[1:], x.dtype, x.device, torch.get_num_threads()
+        if case not in self._steps:
+            images = torch.rand((rows, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x)
+            whole = self._passes(images)
+            sizes = range(STEP, rows, STEP)
+            alike = all(
+                torch.equal(part, one[-size:])
+                for size in sizes
+                for part, one in zip(self._passes(images[-size:]), whole, strict=True)
+            )
+            self._steps[case] = STEP if alike else rows
+        return self._steps[case]
+
+    def _passes(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits, and where there is one the gradient of their squares."""
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            logits = self.net(images)
+            if not logits.requires_grad:
+                return (logits,)
+            (gradient,) = torch.autograd.grad(logits.square().sum(), images, materialize_grads=True)
+        return logits.detach(), gradient
 
 
 def steady_product(x: Float[Tensor, "... k"], y: Float[Tensor, "k n"]) -> Float[Tensor, "... n"]:
