@@ -83,7 +83,6 @@ def run(net: Any, x: Any, y: Any, threat: Any, attacks: Any, seed: int = 0, rows
     return {
         "correct": found.correct,
         "n": found.clean.n,
-        "robust_ids": found.ids[found.robust].tolist(),
         "cpu_seconds": round(time.process_time() - started, 2),
         "gradients": counted.gradients,
         "forwards": counted.forwards,
