@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from rprune.attacks.base import Attack
+from rprune.attacks.base import ATTACKS, Attack
 from rprune.data.loaders import Loader
 from rprune.evaluation.curve import distances, security_curve
 from rprune.evaluation.health import Check, examine
@@ -45,7 +45,7 @@ def ledger_key(
 ) -> dict[str, Any]:
     """What the rows of a ledger hold for. ``artifact`` and ``data`` are sha256 digests."""
     specs = [repr(attack) for attack in attacks]
-    code = [getattr(attack, "function", "") for attack in attacks]
+    code = [ATTACKS.describe(attack) for attack in attacks]
     return {
         "artifact": artifact, "data": data, "threat": [threat.norm, threat.eps], "suite": specs, "seed": seed,
         "device": device, "code": source_digest(), "user_code": referenced_files(code), **more,

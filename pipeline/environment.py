@@ -51,6 +51,9 @@ def referenced_files(value: Any) -> dict[str, str]:
         return {path: digest for item in value for path, digest in referenced_files(item).items()}
     if not isinstance(value, str):
         return {}
+    if "," in value:  # several attacks of a suite
+        return referenced_files(value.split(","))
+    value = value.strip()
     place = value.removeprefix("file:") if value.startswith("file:") else value.rpartition(":")[0]
     path = Path(place)
     wanted = value.startswith("file:") or place.endswith(".py")

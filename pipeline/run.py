@@ -132,6 +132,7 @@ class Runner:
     def _key(self, stage: Stage, parent: str) -> str:
         """What a stage's result depends on. The parent's key stands for all that came before."""
         bench = self.bench
+        suites = self.recipe.model_dump(mode="json")["suites"]
         return digest_of(
             {
                 "stage": stage.model_dump(mode="json"),
@@ -143,7 +144,7 @@ class Runner:
                 "device": bench.device.type,
                 "teacher": self.teacher.digest if self.teacher and stage.kind == "finetune" else None,
                 "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,
-                "suites": self.recipe.model_dump(mode="json")["suites"] if stage.kind == "export" else None,
+                "suites": [suites, referenced_files(suites)] if stage.kind == "export" else None,
                 "name": self.recipe.name if stage.kind == "export" else None,
                 "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), self.arch.name])],
             }

@@ -89,6 +89,20 @@ def reused(outcomes) -> list[bool]:
     return [outcome.reused for outcome in outcomes]
 
 
+def test_suite_of_ones_own_is_part_of_the_export(copy):
+    (copy / "own.py").write_text("def attack(logits_fn, x, y):\n    return x\n")
+    own = f'suites = {{ mine = ["fgsm", "{copy / "own.py"}:attack", {{ name = "pgd", steps = 3 }}] }}\n'
+    (copy / "recipe.toml").write_text(RECIPE.replace("[data]", f"{own}[data]"))
+    said = "stage.export.suite=mine"
+    assert [done for _, _, done in runner(copy, copy / "out", said).plan()] == [True] * 5 + [False]
+    report = runner(copy, copy / "out", said).run()[-1].report
+    rows = report.claim("robust_accuracy").attacks
+    assert [row.name for row in rows if row.kind == "white-box"] == ["fgsm", "attack", "pgd"]
+    assert all(done for _, _, done in runner(copy, copy / "out", said).plan())
+    (copy / "own.py").write_text("def attack(logits_fn, x, y):\n    return 1 * x\n")
+    assert not runner(copy, copy / "out", said).plan()[-1][2]
+
+
 def test_first_run_makes_every_stage(home):
     names = {p.name for p in (home / "out").iterdir()}
     assert names == {
