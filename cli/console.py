@@ -19,7 +19,7 @@ from rprune.errors import RpruneError
 
 if TYPE_CHECKING:
     from rprune.pipeline.artifact import Artifact
-    from rprune.pipeline.attack_file import Result
+    from rprune.pipeline.attack_file import Column, Result
     from rprune.reports.events import Live
     from rprune.reports.schema import Claim, Gate, Report
     from rprune.training.loop import EpochLog
@@ -182,32 +182,31 @@ def print_stages(artifacts: Sequence[tuple[Artifact, str]]) -> None:
 
 def print_attack(result: Result, where: str) -> None:
     """Worst case first, then what each attack added, and whether the number can be trusted."""
-    from rprune.reports.text import flags
-
-    opened = result.opened
-    for column in result.columns:
-        robust, clean = column.robust, column.claims[0]
-        rows = [
-            [f"{label} accuracy", " ".join([percent(c.value), *flags(c)]), interval(c), f"{c.correct}/{c.n}"]
-            for label, c in (("robust", robust), ("clean", clean))
-        ]
-        name = column.suite if column.name == column.suite else f"{column.name} ({column.suite})"
-        print_table(
-            f"{opened.path} on {opened.bench.data.source}/test, {column.threat}, {name}",
-            ["", "value", "95 % interval", "count"],
-            rows,
-        )
-        if len(result.columns) == 1:
-            parts = [
-                [row.name, row.kind, f"{row.tried}", f"{row.broken}", f"{row.misses}", f"{row.queries:,}"]
-                for row in robust.attacks
-            ]
-            columns = ["attack", "kind", "tried", "broken", "search net only", "forward passes"]
-            print_table("each attack on what the ones before it left", columns, parts)
-        print_health(robust)
     if len(result.columns) > 1:
         print_columns(result)
+    else:
+        print_suite(result, result.columns[0])
+    for column in result.columns:
+        print_health(column.robust)
     stdout.print(Text(f"evidence  {where}"))
+
+
+def print_suite(result: Result, column: Column) -> None:
+    from rprune.reports.text import flags
+
+    opened, robust, clean = result.opened, column.robust, column.claims[0]
+    rows = [
+        [f"{label} accuracy", " ".join([percent(c.value), *flags(c)]), interval(c), f"{c.correct}/{c.n}"]
+        for label, c in (("robust", robust), ("clean", clean))
+    ]
+    where = f"{opened.path} on {opened.bench.data.source}/test, {column.threat}, {column.suite}"
+    print_table(where, ["", "value", "95 % interval", "count"], rows)
+    parts = [
+        [row.name, row.kind, f"{row.tried}", f"{row.broken}", f"{row.misses}", f"{row.queries:,}"]
+        for row in robust.attacks
+    ]
+    columns = ["attack", "kind", "tried", "broken", "search net only", "forward passes"]
+    print_table("each attack on what the ones before it left", columns, parts)
 
 
 def print_columns(result: Result) -> None:

@@ -221,14 +221,17 @@ def _column(opened: Opened, plan: Plan, out: Path, column: str, suite: str, thre
     key = ledger_key(
         f"{opened.digest}/{opened.role}", bench.data.test.digest, threat, attacks, bench.seed, bench.device.type
     )
-    alone = plan.suite_for(opened) not in TABLES
+    table = TABLES.get(plan.suite_for(opened))
+    alone = table is None
+    # of a table the strongest column, its last, is examined; the others are there to be compared
+    examined = plan.health and plan.shard == (0, 1) and (table is None or column == list(table)[-1])
     folder = out if alone else out / f"{suite}-{digest_of(str(threat))[:6]}"
     ledger = Ledger.open(folder / "ledger.jsonl", key, resume=plan.resume)
     for other in plan.merge:
         ledger.merge(other / "ledger.jsonl" if other.is_dir() else other)
     found = assess(
         target, test, threat, attacks, seed=bench.seed, ids=chosen(len(test), plan.limit, plan.shard), ledger=ledger,
-        batch_size=plan.batch_size, budget=plan.budget, health=plan.health and plan.shard == (0, 1),
+        batch_size=plan.batch_size, budget=plan.budget, health=examined,
         on_progress=lambda name, *counts: bench.reporter.progress(name if alone else f"{column}: {name}", *counts),
     )  # fmt: skip
     write_evidence(folder, found.outcome, bench.data.shape)
