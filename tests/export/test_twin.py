@@ -68,7 +68,10 @@ def test_float_files_equal_onnx_runtime_and_the_model(nets, images, tmp_path: Pa
     found = gradient(twin, images, labels)
     assert found.isfinite().all()
     assert found.any(1).all()
-    assert F.cosine_similarity(found, gradient(model, images, labels)).min() > 0.999
+    alike = F.cosine_similarity(found, gradient(model, images, labels))
+    # a ReLU whose input is zero up to rounding takes either side, on one machine so and on another otherwise
+    assert alike.median() > 0.99999
+    assert alike.min() > 0.99
     assert not twin.training
     assert not any(parameter.requires_grad for parameter in twin.parameters())
 

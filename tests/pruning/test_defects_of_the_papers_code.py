@@ -59,6 +59,10 @@ class Doubled:
         for batch in self.data.ordered(*arguments):
             yield batch._replace(x=batch.x.double())
 
+    def take(self, ids):
+        batch = self.data.take(ids)
+        return batch._replace(x=batch.x.double())
+
 
 @pytest.mark.parametrize("name", ["hydra", "harp"])
 def test_a_layer_of_zeros_has_scores(tiny, name):
