@@ -136,7 +136,8 @@ def input_gradient(net: nn.Module, x: Tensor, loss: Loss) -> tuple[Tensor, Tenso
         if not logits.requires_grad:
             return torch.zeros_like(x), logits
         (gradient,) = torch.autograd.grad(loss(logits).sum(), x, materialize_grads=True)
-    return gradient.nan_to_num(0.0), logits.detach()
+    # in the images' layout: a net in channels_last gives its own, which every sum over a sample would copy anew
+    return gradient.contiguous().nan_to_num(0.0), logits.detach()
 
 
 def worth_compacting(going: Bool[Tensor, " b"], step: int) -> bool:
