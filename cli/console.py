@@ -75,7 +75,8 @@ class ProgressLines:
 
             self._events = Live(tensorboard)
         self._live = stderr.is_terminal and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
+        self._free = time.monotonic()  # when the last work ended
         self._last = 0.0
         self._bar: Progress | None = None
 
@@ -83,10 +84,10 @@ class ProgressLines:
         if self._events is not None:
             self._events.write(stage, log.epoch, log.values)
         values = "  ".join(f"{short} {log.values[name]:.3g}" for name, short in SHOWN.items() if name in log.values)
-        self._show(stage, log.epoch, log.epochs, values)
+        self._show(stage, log.epoch, log.epochs, values, (self._free, log.epoch - 1))
 
     def progress(self, what: str, done: int, good: int, total: int) -> None:
-        self._show(what, done, total, f"holds {good}")
+        self._show(what, done, total, f"holds {good}", (time.monotonic(), done))
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -102,20 +103,23 @@ class ProgressLines:
             self._bar.stop()
             self._bar = None
 
-    def _show(self, what: str, done: int, total: int, values: str) -> None:
+    def _show(self, what: str, done: int, total: int, values: str, begun: tuple[float, int]) -> None:
+        """``begun``: when work on this began, if this is the first word of it, and what had been done before."""
         if self.quiet:
             return
         if self._live:
             self._draw(what, done, total, values)
             return
         now = time.monotonic()
-        started = self._started.setdefault(what, now)
+        started, before = self._started.setdefault(what, begun)
         if done == total or now - self._last >= LINE_EVERY:
             self._last = now
-            left = "" if done == total else f" < {(now - started) / max(done, 1) * (total - done):.0f}s"
+            pace = (now - started) / max(done - before, 1)
+            left = f" < {pace * (total - done):.0f}s" if before < done < total else ""
             stderr.print(Text(f"{what}  {done}/{total}  {values}  {now - started:.0f}s{left}"))
         if done == total:
             del self._started[what]
+            self._free = now
 
     def _draw(self, what: str, done: int, total: int, values: str) -> None:
         if self._bar is None:
