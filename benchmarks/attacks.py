@@ -1,17 +1,18 @@
 """AutoAttack's budget: how strong and how fast ours is.
 
-    python benchmarks/attacks.py                     # about 40 minutes on two cores; writes the result file
+    python benchmarks/attacks.py                     # about 40 minutes on one core; writes the result file
     python benchmarks/attacks.py --only oracle       # one part: oracle, l2, speed, resnet18, libraries
     python benchmarks/attacks.py --table             # prints the tables of the committed result file
 
 oracle: aa-standard and its parts over five seeds on the adversarially trained net of tests/data/attacks-linf (256
 images, linf 0.08) beside what reference AutoAttack reached there (results.json; measured once, torch 2.13).
-l2: the parts and their union on a net trained with PGD-AT in l2 (digits, eps 0.5, 359 images); there is no reference.
+l2: the parts and their union on a net trained with PGD-AT in l2 (digits, eps 0.5, 359 images).
 speed: aa-standard on the oracle, as it is against a plain run: no sample leaves before its budget is spent, and the
 net is not folded. Gradients and further forward passes are counted a sample, the time is a ratio within one run.
 resnet18: the same for a CIFAR ResNet-18 with random weights and a few random images.
-libraries: AutoAttack or the nearest thing of foolbox, ART and torchattacks on the oracle, those that are installed
-(pip install 'rprune[bench]').
+libraries: what foolbox, ART and torchattacks have, those that are installed (pip install 'rprune[bench]'), on the same
+samples. torchattacks' APGD, APGD-T, FAB-T and Square are AutoAttack's own code; at its budget, which torchattacks does
+not use itself, and one after another on what is left, they are the reference: on the oracle and on the l2 net.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "attacks.json"
 ORACLE = Path(__file__).parent.parent / "tests" / "oracles" / "attack_oracle.py"
 SEEDS = (0, 1, 2, 3, 4)
+SECTIONS = {"oracle", "l2", "speed", "resnet18", "libraries"}
 PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "aa-standard")
 REFERENCE = {"apgd-ce": "apgd-ce_s0", "apgd-dlr": "apgd-dlr_s0", "apgd-t": "apgd-t_s0", "fab-t": "fab-t_s0",
              "square": "square_s0", "aa-standard": "standard_s0"}  # fmt: skip
@@ -66,7 +69,7 @@ def counting(net: Any) -> Any:
 
 
 def run(net: Any, x: Any, y: Any, threat: Any, attacks: Any, seed: int = 0, rows: bool = True) -> dict[str, Any]:
-    """One suite: what is left, seconds, and counts of images per pass."""
+    """One suite: what is left (``robust``: a bit a sample), seconds, and counts of images per pass."""
     import torch
 
     from rprune.data.loaders import Resident
@@ -86,50 +89,74 @@ def run(net: Any, x: Any, y: Any, threat: Any, attacks: Any, seed: int = 0, rows
         "cpu_seconds": round(time.process_time() - started, 2),
         "gradients": counted.gradients,
         "forwards": counted.forwards,
+        "robust": bits(found.robust),
     }
 
 
-def oracle(seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Robust accuracy of every part over seeds, and how far robust sets of aa-standard are apart."""
-    from rprune.attacks.suites import suite
+def bits(flags: Any) -> str:
+    """Flags as hexadecimal digits."""
+    import numpy as np
+
+    return np.packbits(flags.numpy()).tobytes().hex()
+
+
+def apart(one: str, other: str) -> int:
+    """In how many samples two sets of :func:`bits` differ."""
+    return (int(one, 16) ^ int(other, 16)).bit_count()
+
+
+def folded(net: Any, x: Any) -> Any:
+    """The form of a net that rprune searches on."""
     from rprune.pipeline.targets import CPU, search_net
+
+    return search_net(net, tuple(x.shape[1:]), CPU)
+
+
+def oracle_scene() -> tuple[Any, Any, Any, Any]:
+    """(net, x, y, threat) of the oracle."""
     from rprune.threat import ThreatModel
 
-    module = oracle_module()
-    net, x, y = module.load()
-    fast = search_net(net, (3, 16, 16), CPU)
-    threat = ThreatModel.of("linf", "0.08")
-    rows = []
-    for name in PARTS:
-        for seed in seeds:
-            found = run(fast, x, y, threat, suite(name), seed)
-            rows.append({"part": name, "seed": seed, "reference": module.RESULTS[REFERENCE[name]], **found})
-            print(name, seed, found["correct"] / found["n"], flush=True)
-    return {"rows": rows}
+    return *oracle_module().load(), ThreatModel.of("linf", "0.08")
 
 
-def l2(seeds: tuple[int, ...]) -> dict[str, Any]:
-    """As ``oracle``, on a net of our own in l2."""
+@cache
+def l2_scene() -> tuple[Any, Any, Any, Any]:
+    """(net, x, y, threat): a CNN trained with PGD-AT in l2 on digits, and their test images."""
     import torch
 
-    from rprune.attacks.suites import suite
     from rprune.pipeline.bench import Bench, architecture
     from rprune.pipeline.recipe import DataSection, ModelSection, TrainStage
     from rprune.pipeline.stages import train
-    from rprune.pipeline.targets import CPU, search_net
     from rprune.threat import ThreatModel
 
     bench = Bench.open(DataSection(source="digits"), ThreatModel.of("l2", "0.5"), 0, "cpu")
     made = train(bench, architecture(ModelSection(arch="cnn-small"), bench.data), TrainStage(epochs=60))
-    net = search_net(made.model(), bench.data.shape, CPU)
     test = bench.loader("test").take(torch.arange(len(bench.data.test)))
-    rows = []
+    return made.model().eval(), test.x, test.y, bench.threat
+
+
+def oracle(seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Every part over seeds, beside the reference's robust accuracy."""
+    results = oracle_module().RESULTS
+    return {"rows": [row | {"reference": results[REFERENCE[row["part"]]]} for row in parts(oracle_scene(), seeds)]}
+
+
+def l2(seeds: tuple[int, ...]) -> dict[str, Any]:
+    """As ``oracle``, on a net of our own in l2."""
+    return {"rows": parts(l2_scene(), seeds)}
+
+
+def parts(scene: tuple[Any, Any, Any, Any], seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    from rprune.attacks.suites import suite
+
+    net, x, y, threat = scene
+    fast, rows = folded(net, x), []
     for name in PARTS:
         for seed in seeds:
-            found = run(net, test.x, test.y, bench.threat, suite(name), seed)
+            found = run(fast, x, y, threat, suite(name), seed)
             rows.append({"part": name, "seed": seed, **found})
-            print("l2", name, seed, found["correct"] / found["n"], flush=True)
-    return {"rows": rows}
+            print(threat, name, seed, found["correct"] / found["n"], flush=True)
+    return rows
 
 
 def plain(attacks: Any) -> tuple[Any, ...]:
@@ -137,12 +164,11 @@ def plain(attacks: Any) -> tuple[Any, ...]:
     return tuple(replace(a, overshoot=math.inf) if hasattr(a, "overshoot") else a for a in attacks)
 
 
-def speed(net: Any, shape: tuple[int, int, int], x: Any, y: Any, threat: Any, repeats: int) -> dict[str, Any]:
+def speed(net: Any, x: Any, y: Any, threat: Any, repeats: int) -> dict[str, Any]:
     """aa-standard, ours against plain, alternating; medians of CPU seconds."""
     from rprune.attacks.suites import suite
-    from rprune.pipeline.targets import CPU, search_net
 
-    fast = search_net(net, shape, CPU)
+    fast = folded(net, x)
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
     for _ in range(repeats):
         rows["plain"].append(run(net, x, y, threat, plain(suite("aa-standard")), rows=False))
@@ -167,90 +193,108 @@ def resnet18() -> dict[str, Any]:
         net.linear.bias -= net(x).mean(0)  # else all images are of one class
         y = net(x).argmax(1)
     # at this eps about two thirds of the samples take the whole budget
-    return speed(net, (3, 32, 32), x, y, ThreatModel.of("linf", "0.001"), repeats=1)
+    return speed(net, x, y, ThreatModel.of("linf", "0.001"), repeats=1)
 
 
 def libraries() -> dict[str, Any]:
-    """What others reach on the oracle, and their CPU time over ours for the same kind of attack in the same run."""
+    """What others reach, and their CPU time over ours for the same kind of attack in the same run."""
     from rprune.attacks.suites import suite
-    from rprune.pipeline.targets import CPU, search_net
-    from rprune.threat import ThreatModel
 
-    net, x, y = oracle_module().load()
-    threat = ThreatModel.of("linf", "0.08")
-    fast = search_net(net, (3, 16, 16), CPU)
+    scenes = {"oracle": oracle_scene, "l2": l2_scene}
     found: dict[str, Any] = {}
-    for name, (package, ours, attack) in LIBRARIES.items():
+    for name, (package, where, ours, attack) in LIBRARIES.items():
         if importlib.util.find_spec(package) is None:
             continue
+        net, x, y, threat = scenes[where]()
         started = time.process_time()
-        points = attack(net, x, y)
+        points = attack(net, x, y, threat)
         theirs = time.process_time() - started
-        right = int((net(points).argmax(1) == y).sum())
-        mine = run(fast, x, y, threat, suite(ours))
+        robust = net(points).argmax(1) == y
+        mine = run(folded(net, x), x, y, threat, suite(ours))
         found[name] = {
-            "correct": right, "n": len(y), "cpu_seconds": round(theirs, 2), "ours": ours,
-            "ours_correct": mine["correct"], "ours_cpu_seconds": mine["cpu_seconds"],
+            "correct": int(robust.sum()), "n": len(y), "cpu_seconds": round(theirs, 2), "robust": bits(robust),
+            "net": where, "ours": ours, **{f"ours_{key}": mine[key] for key in ("correct", "cpu_seconds", "robust")},
         }  # fmt: skip
         print(name, found[name], flush=True)
     return found
 
 
-def _torchattacks(name: str, **options: Any) -> Callable[[Any, Any, Any], Any]:
-    def attack(net: Any, x: Any, y: Any) -> Any:
+def _torchattacks(name: str, **options: Any) -> Callable[[Any, Any, Any, Any], Any]:
+    def attack(net: Any, x: Any, y: Any, threat: Any) -> Any:
         import torchattacks
 
-        return getattr(torchattacks, name)(net, eps=0.08, **options)(x, y)
+        norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+        return getattr(torchattacks, name)(net, norm=norm, eps=threat.eps, **options)(x, y)
 
     return attack
 
 
-def _foolbox_pgd(net: Any, x: Any, y: Any) -> Any:
+def _full_autoattack(net: Any, x: Any, y: Any, threat: Any) -> Any:
+    """AutoAttack's four parts at its budget, each on what the ones before it left."""
+    import torch
+
+    points, left = x.clone(), torch.arange(len(y))
+    for attack in (
+        _torchattacks("APGD", steps=100),
+        _torchattacks("APGDT", steps=100),
+        _torchattacks("FAB", steps=100, multi_targeted=True),
+        _torchattacks("Square", n_queries=5000, resc_schedule=False),
+    ):
+        with torch.no_grad():
+            left = left[net(points[left]).argmax(1) == y[left]]
+        points[left] = attack(net, x[left], y[left], threat)
+    return points
+
+
+def _foolbox_pgd(net: Any, x: Any, y: Any, threat: Any) -> Any:
     import foolbox
 
     model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
     attack = foolbox.attacks.LinfPGD(rel_stepsize=2.5 / 20, steps=20)
-    return attack(model, x, y, epsilons=0.08)[1]
+    return attack(model, x, y, epsilons=threat.eps)[1]
 
 
-def _art_apgd(net: Any, x: Any, y: Any) -> Any:
+def _art_apgd(net: Any, x: Any, y: Any, threat: Any) -> Any:
     import torch
     from art.attacks.evasion import AutoProjectedGradientDescent
     from art.estimators.classification import PyTorchClassifier
 
     model = PyTorchClassifier(net, torch.nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type="cpu")
     attack = AutoProjectedGradientDescent(
-        model, eps=0.08, eps_step=0.16, max_iter=100, nb_random_init=1, batch_size=256, loss_type="cross_entropy",
-        verbose=False,
+        model, eps=threat.eps, eps_step=2 * threat.eps, max_iter=100, nb_random_init=1, batch_size=256,
+        loss_type="cross_entropy", verbose=False,
     )  # fmt: skip
     return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
 
 
-LIBRARIES: dict[str, tuple[str, str, Callable[[Any, Any, Any], Any]]] = {
-    "torchattacks AutoAttack (10 steps)": ("torchattacks", "aa-torchattacks10", _torchattacks("AutoAttack")),
-    "torchattacks APGD-CE, 100 steps": ("torchattacks", "apgd-ce", _torchattacks("APGD", steps=100)),
-    "foolbox PGD-20": ("foolbox", "pgd20", _foolbox_pgd),
-    "ART AutoPGD-CE, 100 steps": ("art", "apgd-ce", _art_apgd),
+LIBRARIES: dict[str, tuple[str, str, str, Callable[[Any, Any, Any, Any], Any]]] = {
+    "AutoAttack's code in torchattacks, full budget": ("torchattacks", "oracle", "aa-standard", _full_autoattack),
+    "the same in l2": ("torchattacks", "l2", "aa-standard", _full_autoattack),
+    "torchattacks AutoAttack (10 steps)": ("torchattacks", "oracle", "aa-torchattacks10", _torchattacks("AutoAttack")),
+    "torchattacks APGD-CE, 100 steps": ("torchattacks", "oracle", "apgd-ce", _torchattacks("APGD", steps=100)),
+    "foolbox PGD-20": ("foolbox", "oracle", "pgd20", _foolbox_pgd),
+    "ART AutoPGD-CE, 100 steps": ("art", "oracle", "apgd-ce", _art_apgd),
 }
 
 
 def measure(only: str | None, seeds: tuple[int, ...], before: dict[str, Any]) -> dict[str, Any]:
-    from rprune.pipeline.environment import environment
-    from rprune.threat import ThreatModel
+    import torch
 
-    net, x, y = oracle_module().load()
-    parts: dict[str, Callable[[], Any]] = {
+    from rprune.pipeline.environment import environment
+
+    torch.set_num_threads(1)  # CPU times are compared, and threads that wait count too
+    sections: dict[str, Callable[[], Any]] = {
         "oracle": lambda: oracle(seeds),
         "l2": lambda: l2(seeds[:2]),
-        "speed": lambda: speed(net, (3, 16, 16), x, y, ThreatModel.of("linf", "0.08"), repeats=2),
+        "speed": lambda: speed(*oracle_scene(), repeats=2),
         "resnet18": resnet18,
         "libraries": libraries,
     }
     result = {**before, "command": "python benchmarks/attacks.py", "environment": environment("cpu")}
-    for name, part in parts.items():
+    for name, section in sections.items():
         if only in (None, name):
             started = time.monotonic()
-            result[name] = part() | {"seconds": round(time.monotonic() - started)}
+            result[name] = section() | {"seconds": round(time.monotonic() - started)}
     return result
 
 
@@ -276,22 +320,24 @@ def table(result: dict[str, Any]) -> str:
         keys = ("gradients", "forwards")
         cells = [f"{ours[key] / ours['n']:,.0f} (plain {slow[key] / slow['n']:,.0f})" for key in keys]
         lines.append(f"| {title} | {cells[0]} | {cells[1]} | {ratio:.1f} |")
-    lines += ["", "| library, on the oracle | accuracy left | our suite | accuracy left | CPU time, theirs / ours |"]
-    lines += ["|---|---|---|---|---|"]
+    columns = ("library", "accuracy left", "our suite", "accuracy left", "samples judged otherwise",
+               "CPU time, theirs / ours")  # fmt: skip
+    lines += ["", f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|"]
     for name in LIBRARIES:
         if name not in result["libraries"]:
             continue
         row = result["libraries"][name]
         theirs, ours = 100 * row["correct"] / row["n"], 100 * row["ours_correct"] / row["n"]
         ratio = row["cpu_seconds"] / row["ours_cpu_seconds"]
-        lines.append(f"| {name} | {theirs:.2f} | {row['ours']} | {ours:.2f} | {ratio:.1f} |")
+        other = apart(row["robust"], row["ours_robust"])
+        lines.append(f"| {name} | {theirs:.2f} | {row['ours']} | {ours:.2f} | {other} | {ratio:.1f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the tables of the committed result file")
-    parser.add_argument("--only", choices=["oracle", "l2", "speed", "resnet18", "libraries"])
+    parser.add_argument("--only", choices=sorted(SECTIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -300,7 +346,9 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         found = measure(options.only, tuple(options.seeds), before)
         options.output.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    print(table(json.loads(options.output.read_text())))
+    result = json.loads(options.output.read_text())
+    if result.keys() >= SECTIONS:
+        print(table(result))
 
 
 if __name__ == "__main__":
