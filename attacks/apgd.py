@@ -147,11 +147,11 @@ class APGD(Attack):
         passes = []
         for _ in range(self.eot):
             if step < self.steps:
-                gradient, logits = input_gradient(net, ascent.point, loss)
+                passes.append(input_gradient(net, ascent.point, loss))
             else:
                 with torch.no_grad():
-                    gradient, logits = ascent.gradient, net(ascent.point)
-            passes.append((gradient, loss(logits), logits))
+                    logits = net(ascent.point)
+                passes.append((ascent.gradient, loss(logits), logits))
         means: list[Tensor] = [sum(parts[1:], parts[0]) / self.eot for parts in zip(*passes, strict=True)]
         ascent.take(means[0], means[1].nan_to_num(-torch.inf, torch.inf, -torch.inf), first=step == 0)
         return means[2]

@@ -125,19 +125,20 @@ def margin(logits: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Float[Tensor
     return (right - others).nan_to_num(torch.inf, torch.inf, -torch.inf)
 
 
-def input_gradient(net: nn.Module, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed loss with respect to x alone, and the logits at x.
+def input_gradient(net: nn.Module, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the summed loss with respect to x alone, the loss of every sample, and the logits at x.
 
     Zero where the net cuts its input off from its logits: a health check reports that, no attack stumbles over it.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = net(x)
-        if not logits.requires_grad:
-            return torch.zeros_like(x), logits
-        (gradient,) = torch.autograd.grad(loss(logits).sum(), x, materialize_grads=True)
+        values = loss(logits)
+        if not values.requires_grad:
+            return torch.zeros_like(x), values, logits.detach()
+        (gradient,) = torch.autograd.grad(values.sum(), x, materialize_grads=True)
     # in the images' layout: a net in channels_last gives its own, which every sum over a sample would copy anew
-    return gradient.contiguous().nan_to_num(0.0), logits.detach()
+    return gradient.contiguous().nan_to_num(0.0), values.detach(), logits.detach()
 
 
 def worth_compacting(going: Bool[Tensor, " b"], step: int) -> bool:

@@ -127,11 +127,10 @@ class FAB(Attack):
 
     def _step(self, net: nn.Module, run: _Run, norm: Norm) -> Tensor:
         """From where the run is towards the boundary, and towards the boundary from the image."""
-        loss = _gap(run.y, run.target)
-        gradient, logits = input_gradient(net, run.at, loss)
-        value = loss(logits)
+        gradient, value, _ = input_gradient(net, run.at, _gap(run.y, run.target))
         at_x = value + row_sum(gradient * (run.x - run.at))  # of the linear model
-        here, there = onto_plane(run.at, gradient, value, norm), onto_plane(run.x, gradient, at_x, norm)
+        both = torch.cat([run.at, run.x]), torch.cat([gradient, gradient]), torch.cat([value, at_x])
+        here, there = onto_plane(*both, norm).chunk(2)
         near, far = size(here, norm).clamp_min(1e-8), size(there, norm).clamp_min(1e-8)
         alpha = per_sample((near / (near + far)).clamp_max(self.alpha_max), run.x)
         return ((1 - alpha) * (run.at + self.eta * here) + alpha * (run.x + self.eta * there)).clamp(0.0, 1.0)

@@ -21,5 +21,5 @@ class FGSM(Attack):
         return 2
 
     def perturb(self, net: nn.Module, x: Tensor, threat: ThreatModel, loss: Loss, noise: Noise) -> Tensor:  # noqa: ARG002
-        gradient, _ = input_gradient(net, x, loss)
+        gradient, *_ = input_gradient(net, x, loss)
         return project(x + threat.eps * steepest(gradient, threat.norm), x, threat)

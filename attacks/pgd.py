@@ -50,7 +50,7 @@ class PGD(Attack):
     def perturb(self, net: nn.Module, x: Tensor, threat: ThreatModel, loss: Loss, noise: Noise) -> Tensor:
         point = self._start(x, threat, noise, 0)
         for _ in range(self.steps):
-            gradient, _ = input_gradient(net, point, loss)
+            gradient, *_ = input_gradient(net, point, loss)
             point = self._move(point, gradient, x, threat)
         return point
 
@@ -64,7 +64,7 @@ class PGD(Attack):
                 break
             point = self._start(x[alive], threat, noise.select(alive), restart)
             for step in range(self.steps + 1):
-                gradient, logits = input_gradient(net, point, self._loss(y[alive]))
+                gradient, _, logits = input_gradient(net, point, self._loss(y[alive]))
                 margins = margin(logits, y[alive])
                 queries[alive] += 1
                 better = margins < lowest[alive]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -68,18 +69,19 @@ class Square(Attack):
     def _run(self, net: nn.Module, walk: Walk, threat: ThreatModel, noise: Keyed, purpose: str, found: Found) -> None:
         """Searches from one start; what it comes upon goes into ``found``."""
         propose = recolour if threat.norm == "linf" else move_mass
-        eps, (height, width) = threat.eps, walk.x.shape[2:]
+        height, width = walk.x.shape[2:]
         for query in range(self.budget):
             if query % BLOCK == 0:
-                block = draw(walk.x, threat.norm, rows_of(noise, walk.index), f"{purpose}/{query // BLOCK}")
+                shares = [self.share(query + later) for later in range(BLOCK)]
+                sides = [square_side(share, height, width, threat.norm) for share in shares]
+                plan = draw(walk.x, threat.norm, sides, rows_of(noise, walk.index), f"{purpose}/{query // BLOCK}")
             point = walk.point
             if query > 0:
-                side = square_side(self.share(query), height, width, threat.norm)
-                point = propose(point, walk.x, eps, side, block[:, query % BLOCK])
+                point = propose(point, walk.x, threat.eps, sides[query % BLOCK], plan.at(query % BLOCK))
             going = walk.ask(net, point, self.overshoot)
             if worth_compacting(going, query):
                 walk.report(found)
-                walk, block = rows_of(walk, going), rows_of(block, going)
+                walk, plan = rows_of(walk, going), rows_of(plan, going)
                 if len(walk.index) == 0:
                     return
         walk.report(found)
@@ -119,10 +121,28 @@ class Walk:
         found.queries[self.index] = self.queries
 
 
-def draw(x: Tensor, norm: Norm, noise: Keyed, purpose: str) -> Float[Tensor, "b q n"]:
-    """Numbers in [-1,1] for BLOCK queries: a sign for every channel, a place; for l2 another place and a direction."""
-    count = x.shape[1] + (2 if norm == "linf" else 5)
-    return noise.uniform(x.new_empty(len(x), BLOCK, count, dtype=torch.float64), purpose)
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What the random numbers of some queries say, by sample and query; ``at`` gives those of one query."""
+
+    signs: Float[Tensor, "b ... c"]
+    corners: Int64[Tensor, "b ... k"]  # first pixel of the square, for l2 of two, counted along the rows of the image
+    upright: Bool[Tensor, "b ..."]  # how l2's pattern lies
+
+    def at(self, query: int) -> Choices:
+        return Choices(self.signs[:, query], self.corners[:, query], self.upright[:, query])
+
+
+def draw(x: Tensor, norm: Norm, sides: Sequence[int], noise: Keyed, purpose: str) -> Choices:
+    """The choices of BLOCK queries, whose squares have these sides; all places where a square fits are as likely."""
+    (height, width), channels = x.shape[2:], x.shape[1]
+    squares = 1 if norm == "linf" else 2
+    count = channels + (2 if norm == "linf" else 5)
+    numbers = noise.uniform(x.new_empty(len(x), BLOCK, count, dtype=torch.float64), purpose)
+    places = torch.tensor([[height - side + 1, width - side + 1] for side in sides], device=x.device)[:, None]
+    where = numbers[..., channels : channels + 2 * squares].view(len(x), BLOCK, squares, 2)
+    top, left = ((where + 1) * (0.5 * places)).long().minimum(places - 1).unbind(-1)
+    return Choices(_signs(numbers[..., :channels], x), top * width + left, numbers[..., -1] >= 0)
 
 
 def square_side(share: float, height: int, width: int, norm: Norm) -> int:
@@ -138,11 +158,10 @@ def stripes(x: Tensor, eps: float, noise: Keyed, purpose: str) -> Tensor:
     return (x + eps * _signs(noise.uniform(x[:, :, :1], purpose), x)).clamp(0.0, 1.0)
 
 
-def recolour(point: Tensor, x: Tensor, eps: float, side: int, numbers: Tensor) -> Tensor:
+def recolour(point: Tensor, x: Tensor, eps: float, side: int, choices: Choices) -> Tensor:
     """Algorithm 2: a square goes to one corner of the ball, cut off at the box."""
-    channels = x.shape[1]
-    window = _window(numbers[:, channels:], side, x)
-    corner = x.flatten(2).gather(2, window) + eps * _signs(numbers[:, :channels, None], x)
+    (window,) = windows(choices.corners, side, x)
+    corner = x.flatten(2).gather(2, window) + eps * choices.signs[..., None]
     return point.flatten(2).scatter(2, window, corner.clamp(0.0, 1.0)).view_as(x)
 
 
@@ -161,18 +180,17 @@ def tiles(x: Tensor, eps: float, noise: Keyed, purpose: str) -> Tensor:
     return (x + eps * steepest(delta, "l2")).clamp(0.0, 1.0)
 
 
-def move_mass(point: Tensor, x: Tensor, eps: float, side: int, numbers: Tensor) -> Tensor:
+def move_mass(point: Tensor, x: Tensor, eps: float, side: int, choices: Choices) -> Tensor:
     """Algorithm 3: one square adds a pattern to its perturbation and gets the norm of another, which loses its own.
 
     Every channel of the one also gets an equal part of what was cut off at the box.
     """
-    channels = x.shape[1]
-    first, second = (_window(numbers[:, at : at + 2], side, x) for at in (channels, channels + 2))
+    first, second = windows(choices.corners, side, x)
     upright, turned = pattern(side, x.dtype, x.device)
-    added = torch.where(numbers[:, -1, None, None] >= 0, upright.flatten(), turned.flatten())
-    added = _signs(numbers[:, :channels, None], x) * added
+    added = torch.where(choices.upright[:, None, None], upright.flatten(), turned.flatten())
+    added = choices.signs[..., None] * added
     delta = (point - x).flatten(2)
-    unused = (eps**2 - row_sum(delta.square())).clamp_min(0.0) / channels
+    unused = (eps**2 - row_sum(delta.square())).clamp_min(0.0) / x.shape[1]
     mine = delta.gather(2, first)
     delta.scatter_(2, first, 0.0)
     size = (_square_sum(mine) + _square_sum(delta.gather(2, second)) + unused[:, None, None]).sqrt()
@@ -195,16 +213,16 @@ def pattern(side: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
     return eta, eta.T.contiguous()
 
 
-def _window(numbers: Tensor, side: int, x: Tensor) -> Int64[Tensor, "b c s"]:
-    """Pixels of a square, counted along the rows of the image; all places where it fits are as likely."""
-    channels, height, width = x.shape[1:]
-    top, left = (
-        ((numbers[:, axis] + 1) * (0.5 * places)).long().clamp_max(places - 1)
-        for axis, places in enumerate((height - side + 1, width - side + 1))
-    )
-    span = torch.arange(side, device=x.device)
-    inside = (span[:, None] * width + span).flatten()
-    return ((top * width + left)[:, None, None] + inside).expand(-1, channels, -1)
+def windows(corners: Int64[Tensor, "b k"], side: int, x: Float[Tensor, "b c h w"]) -> list[Int64[Tensor, "b c s"]]:
+    """Pixels of each of the k squares of a sample, counted along the rows of the image; the same for all channels."""
+    pixels = corners[..., None] + _inside(side, x.shape[3], x.device)
+    return [part.expand(-1, x.shape[1], -1) for part in torch.split(pixels, 1, dim=1)]
+
+
+@cache
+def _inside(side: int, width: int, device: torch.device) -> Int64[Tensor, " s"]:
+    span = torch.arange(side, device=device)
+    return (span[:, None] * width + span).flatten()
 
 
 def _signs(numbers: Tensor, like: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def attack(
     from rprune.pipeline.attack_file import Plan, attack_file, check_suite, open_target, prepare_folder
 
     plan = Plan(
-        suite=suite, limit=limit, shard=_shard(shard), budget=_seconds(budget), batch_size=batch_size or 256,
+        suite=suite, limit=limit, shard=_shard(shard), budget=_seconds(budget), batch_size=batch_size,
         resume=resume, merge=tuple(merge or ()), health=health,
     )  # fmt: skip
     with ProgressLines(quiet or as_json) as reporter:

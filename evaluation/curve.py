@@ -13,7 +13,7 @@ from rprune.attacks.noise import Keyed
 from rprune.data.loaders import Batch
 from rprune.evaluation.outcome import Robustness
 from rprune.evaluation.probe import huge, reach
-from rprune.evaluation.target import INVALID, Target
+from rprune.evaluation.target import INVALID, Target, usual_batch
 from rprune.seeds import derive
 from rprune.threat import Norm, ThreatModel
 
@@ -34,7 +34,7 @@ def security_curve(
     seed: int = 0,
     *,
     factors: Sequence[float] = FACTORS,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> list[tuple[float, int]]:
     """Number of samples still classified right at every eps, in ascending order of eps (pixel units in [0,1]).
 
@@ -43,7 +43,8 @@ def security_curve(
     rises. A point that breaks a sample does so at every eps that reaches it. The attacks are quick ones, so that the
     counts beside the claim's own are upper bounds, a little above what the suite would leave.
     """
-    pixels = take(outcome.ids[:1]).x[0].numel()
+    image = take(outcome.ids[:1]).x
+    pixels, batch_size = image.numel(), batch_size or usual_batch(image)
     points = sorted({threat.eps * factor for factor in factors} | {0.0, threat.eps, huge(threat, pixels).eps})
     counts = {threat.eps: outcome.correct, 0.0: outcome.clean.correct}
     nearest = torch.full((len(outcome.ids),), torch.inf)  # smallest perturbation known to break each sample

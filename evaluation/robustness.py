@@ -22,7 +22,7 @@ from rprune.errors import WorkError
 from rprune.evaluation.accuracy import Predictions
 from rprune.evaluation.ledger import Clean, Ledger, Row, Status, Witness
 from rprune.evaluation.outcome import Kind, Robustness, Tally
-from rprune.evaluation.target import INVALID, Target
+from rprune.evaluation.target import INVALID, Target, usual_batch
 from rprune.threat import ThreatModel
 
 Progress = Callable[[str, int, int, int], None]
@@ -60,7 +60,7 @@ def robustness(
     seed: int = 0,
     limit: int | None = None,
     ids: Int64[Tensor, " n"] | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     ledger: Ledger | None = None,
     budget: float = math.inf,
     certified: Bool[Tensor, " n"] | None = None,
@@ -73,7 +73,7 @@ def robustness(
 
     Args:
         limit: the first so many samples; or ``ids``: exactly these, in this order.
-        batch_size: samples under attack at a time; it bounds memory.
+        batch_size: samples under attack at a time; it bounds memory. None: what suits size and device of the images.
         ledger: rows that are in it already are not computed again.
         budget: seconds after which no further batch begins; the outcome is then not ``complete``.
         certified: by sample id, those proved robust under this threat. They are skipped but for one cheap PGD.
@@ -84,6 +84,7 @@ def robustness(
     """
     ledger = Ledger() if ledger is None else ledger
     ids = chosen(len(data), limit) if ids is None else ids
+    batch_size = batch_size or usual_batch(data.take(ids[:1]).x)
     deadline = time.monotonic() + budget
     for batch in _batches(data, (i for i in ids.tolist() if i not in ledger.clean), batch_size):
         found = target.verdict(batch.x).tolist()

@@ -11,9 +11,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 # Images in every call of a net. On a CPU 32 fill it at 3x32x32; a net of smaller images spends its time on calls.
-ROWS, SMALL_ROWS, GPU_ROWS = 32, 128, 256
-SMALL = 2048  # values an image
-STEP = 8  # sizes of the last call, where a trial shows that rows are alike at all of them
+ROWS, GPU_ROWS = 32, 256
+ROWS_BELOW = {512: 512, 2048: 128}  # by values an image
+SMALL = max(ROWS_BELOW)
+# Samples under attack at a time. Small images and GPUs want many, for each step's calls; a kill costs a batch its work.
+BATCH, LARGE_BATCH = 128, 512
+STEP, SIZES = 8, 16  # the last call has one of so many sizes, STEP apart or more, where a trial shows rows alike at all
 INVALID = -1  # the class of logits that are not finite: wrong for every label, and no success of an attack either
 
 
@@ -23,7 +26,7 @@ class Rows(nn.Module):
     Kernels choose their algorithm, and so their rounding, by the shape of the batch. At one shape a row's result does
     not depend on the other rows or on its place (:func:`steady` sees to that), so results are the same bits whatever
     the batches. Before the first call the net is tried at smaller sizes, with random images: where logits and gradients
-    are the same bits at all of them, as is usual with one thread, the last call is filled up to a multiple of 8 only.
+    are the same bits at all of them, as is usual with one thread, the last call is filled up to the next of them only.
     """
 
     def __init__(self, net: nn.Module, rows: int | None = None) -> None:
@@ -33,7 +36,7 @@ class Rows(nn.Module):
         self._steps: dict[Any, int] = {}
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        rows = self.rows or (GPU_ROWS if x.is_cuda else SMALL_ROWS if x[:1].numel() < SMALL else ROWS)
+        rows = self.rows or usual_rows(x[:1])
         missing = -len(x) % self._step(x, rows)
         full = torch.cat([x, x[:1].detach().expand(missing, *x.shape[1:])]) if missing else x
         logits = [self.net(part) for part in torch.split(full, rows)]
@@ -45,13 +48,13 @@ class Rows(nn.Module):
         if case not in self._steps:
             images = torch.rand((rows, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x)
             whole = self._passes(images)
-            sizes = range(STEP, rows, STEP)
+            step = max(STEP, rows // SIZES)
             alike = all(
                 torch.equal(part, one[-size:])
-                for size in sizes
+                for size in range(step, rows, step)
                 for part, one in zip(self._passes(images[-size:]), whole, strict=True)
             )
-            self._steps[case] = STEP if alike else rows
+            self._steps[case] = step if alike else rows
         return self._steps[case]
 
     def _passes(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -65,27 +68,49 @@ class Rows(nn.Module):
         return logits.detach(), gradient
 
 
+def usual_rows(image: Float[Tensor, ...]) -> int:
+    """Images in a call of a net."""
+    if image.is_cuda:
+        return GPU_ROWS
+    return next((rows for values, rows in ROWS_BELOW.items() if image.numel() < values), ROWS)
+
+
+def usual_batch(image: Float[Tensor, ...]) -> int:
+    """How many samples to attack at a time where nobody says; results do not depend on it."""
+    return LARGE_BATCH if image.is_cuda or image.numel() < SMALL else BATCH
+
+
 def steady_product(x: Float[Tensor, "... k"], y: Float[Tensor, "k n"]) -> Float[Tensor, "... n"]:
     """``x @ y``, both sizes of ``y`` filled up with zeros to multiples of 16.
 
     At other sizes matrix kernels add up some rows of a batch in another order than others; convolutions do not.
     """
+    filled = filled_up(y)
+    if filled.shape == y.shape:
+        return x @ y
+    return (nn.functional.pad(x, (0, len(filled) - len(y))) @ filled)[..., : y.shape[1]]
+
+
+def filled_up(y: Float[Tensor, "k n"]) -> Float[Tensor, "kk nn"]:
+    """With rows and columns of zeros up to multiples of 16."""
     inner, outer = (-size % 16 for size in y.shape)
-    if inner or outer:
-        x, filled = nn.functional.pad(x, (0, inner)), nn.functional.pad(y, (0, outer, 0, inner))
-        return (x @ filled)[..., : y.shape[1]]
-    return x @ y
+    return nn.functional.pad(y, (0, outer, 0, inner)) if inner or outer else y
 
 
 class SteadyLinear(nn.Module):
     """A linear layer that computes every row of a batch in the same order."""
 
+    weight: Tensor
+
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = source.weight, source.bias
+        self.inner, self.outer = -source.in_features % 16, source.out_features
+        self.register_buffer("weight", filled_up(source.weight.detach().t()).contiguous())
+        self.bias = source.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        product = steady_product(x, self.weight.t())
+        product: Tensor = nn.functional.pad(x, (0, self.inner)) @ self.weight
+        product = product[..., : self.outer]
         return product if self.bias is None else product + self.bias
 
 

@@ -58,7 +58,7 @@ class NFGSM(Objective):
         normal = noise.normal(x, "n-fgsm") if norm == "l2" else unit
         start = (x + self.k * eps * random_in_ball(unit, normal, norm)).clamp(0, 1)
         with frozen(net):
-            gradient, _ = input_gradient(net, start, cross_entropy(y))
+            gradient, *_ = input_gradient(net, start, cross_entropy(y))
         point = (start + self.step * eps * steepest(gradient, norm)).clamp(0, 1)
 
         def loss() -> Loss:

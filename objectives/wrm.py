@@ -37,7 +37,7 @@ class WRM(Objective):
         point = x
         with frozen(net):
             for t in range(self.steps):
-                gradient, _ = input_gradient(net, point, cross_entropy(y))
+                gradient, *_ = input_gradient(net, point, cross_entropy(y))
                 point = (point + (self.gamma * gradient - (point - x)) / math.sqrt(t + 1)).clamp(0, 1)
 
         def loss() -> Loss:

@@ -61,7 +61,7 @@ def assess(
     seed: int = 0,
     ids: Tensor | None = None,
     limit: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     ledger: Ledger | None = None,
     budget: float = math.inf,
     certified: Bool[Tensor, " n"] | None = None,

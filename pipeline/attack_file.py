@@ -50,7 +50,7 @@ class Plan:
     limit: int | None = None
     shard: tuple[int, int] = (0, 1)
     budget: float = math.inf
-    batch_size: int = 256
+    batch_size: int | None = None
     resume: bool = True
     merge: tuple[Path, ...] = ()
     health: bool = True

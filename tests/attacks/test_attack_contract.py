@@ -292,7 +292,7 @@ def test_pgd_step_is_madrys_rule(scene, steps, share):
 def test_pgd_in_l2_steps_along_the_normalised_gradient(scene):
     net, x, y = scene
     threat = ThreatModel.of("l2", "0.5")
-    gradient, _ = input_gradient(net, x, cross_entropy(y))
+    gradient, *_ = input_gradient(net, x, cross_entropy(y))
     unit = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     attack = PGD(steps=1, step=0.6, start="none")
     point = attack.training_point(net, x, threat, cross_entropy(y), GivenStart(None))
@@ -303,7 +303,7 @@ def test_pgd_in_l2_steps_along_the_normalised_gradient(scene):
 
 def test_fgsm_is_one_step_of_eps(scene):
     net, x, y = scene
-    gradient, _ = input_gradient(net, x, cross_entropy(y))
+    gradient, *_ = input_gradient(net, x, cross_entropy(y))
     point = ATTACKS.build("fgsm").evaluate(net, x, y, THREATS[0], keyed(len(x))).x
     torch.testing.assert_close(point, (x + THREATS[0].eps * gradient.sign()).clamp(0, 1), rtol=0, atol=1e-12)
 

@@ -11,7 +11,7 @@ from torch import nn
 from rprune.attacks.base import ATTACKS, margin
 from rprune.attacks.noise import Keyed
 from rprune.attacks.norms import within
-from rprune.attacks.square import HALVINGS, Square, _window, pattern, square_side
+from rprune.attacks.square import HALVINGS, Square, draw, pattern, square_side, windows
 from rprune.errors import UsageError
 from rprune.evaluation.target import Rows
 from rprune.threat import ThreatModel
@@ -242,15 +242,14 @@ def test_squares_fit_whatever_the_image(norm):
 
 
 def test_a_square_lies_at_every_place_where_it_fits_alike():
-    x = torch.zeros(20_000, 1, 5, 7)
-    numbers = Keyed(0, torch.arange(len(x))).uniform(torch.empty(len(x), 2, dtype=torch.float64), "t")
-    corners = _window(numbers, 3, x)[:, 0, 0]
-    counts = torch.bincount(corners, minlength=35).view(5, 7)
+    x = torch.zeros(1_000, 1, 5, 7)
+    corners = draw(x, "linf", [3] * 50, Keyed(0, torch.arange(len(x))), "t").corners
+    counts = torch.bincount(corners.flatten(), minlength=35).view(5, 7)
     assert (counts[3:] == 0).all()
     assert (counts[:, 5:] == 0).all()
-    assert ((counts[:3, :5] / len(x) - 1 / 15).abs() < 0.008).all()
-    edges = _window(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]).double(), 3, x[:2])[:, 0]
-    assert edges.tolist() == [[0, 1, 2, 7, 8, 9, 14, 15, 16], [18, 19, 20, 25, 26, 27, 32, 33, 34]]
+    assert ((counts[:3, :5] / corners.numel() - 1 / 15).abs() < 0.005).all()
+    (pixels,) = windows(torch.tensor([[0], [18]]), 3, x[:2])
+    assert pixels[:, 0].tolist() == [[0, 1, 2, 7, 8, 9, 14, 15, 16], [18, 19, 20, 25, 26, 27, 32, 33, 34]]
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------
