@@ -29,7 +29,7 @@ demo: $(VENV)/.core  ## the whole chain on built-in data
 	@echo "ONNX:   $(OUT)/export/model.int8.onnx"
 
 test: $(VENV)/.dev  ## the whole suite; make test SLOW='-m "not slow"' leaves out the slow ones
-	$(BIN)/python -m pytest -n 2 $(SLOW)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SLOW)
 
 check: $(VENV)/.dev  ## lint, types, floors, docs
 	$(BIN)/ruff check .

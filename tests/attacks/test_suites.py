@@ -36,6 +36,7 @@ def images(n, shape, seed=0):
     return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_aa_standard_spends_its_budget_to_the_last_pass():
     """Fact sheet: apgd-ce 100, apgd-t 9 x 100, fab-t 9 x 100, square 5000; a start and a ranking of classes beside."""
     net, data = Unbreakable(10).eval(), Resident(images(2, (1, 5, 6)), torch.zeros(2, dtype=torch.int64))

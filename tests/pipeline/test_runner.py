@@ -248,6 +248,7 @@ def test_reruns_give_the_same_bytes(home, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (home / "out" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_start_from_a_checkpoint(trained, tmp_path):
     text = RECIPE.replace('kind = "train"\nobjective = "benign"\nepochs = 2\nbatch_size = 32\n[[stage]]\n', "")
     (tmp_path / "gate.toml").write_text(GATE)

@@ -228,6 +228,7 @@ def test_state_dict_is_the_plain_one(finished, tiny, name):
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 @every_method
 def test_zeros_survive_8_bits_and_both_files_keep_exactly_the_masks(finished, tiny, tmp_path, name):
     model, _, masks = finished(name, 0.9)
