@@ -57,7 +57,7 @@ def attack(
     quiet: o.Quiet = False,
 ) -> None:
     """Robust accuracy under the strongest attacks, of a model file or of the very ONNX file that ships."""
-    from rprune.pipeline.attack_file import Plan, attack_file, check_suite, open_target, prepare_folder
+    from rprune.pipeline.attack_file import Plan, attack_file, check_plan, open_target, prepare_folder
 
     plan = Plan(
         suite=suite, limit=limit, shard=_shard(shard), budget=_seconds(budget), batch_size=batch_size,
@@ -69,7 +69,7 @@ def attack(
         )
         opened = open_target(model, request, reporter, tuple(parent or ()), compiled)
         name = plan.suite_for(opened)
-        check_suite(name, opened.bench)
+        check_plan(plan, opened)
         output = output or _beside(model, name)
         prepare_folder(output, force)
         if opened.note and not quiet:

@@ -48,7 +48,7 @@ class Robustness:
     queries: Int64[Tensor, " n"]  # forward passes of all searches
     size: Float[Tensor, " m"]  # norm of the perturbation
     certified: Bool[Tensor, " n"]  # skipped, because proved
-    complete: bool  # every attack ran on every sample that it had to
+    complete: bool  # every attack ran on every sample that it had to; transfers only where there are parents
 
     @property
     def robust(self) -> Bool[Tensor, " n"]:

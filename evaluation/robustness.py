@@ -18,7 +18,7 @@ from rprune.attacks.norms import into_ball, size, within
 from rprune.attacks.pgd import PGD
 from rprune.attacks.transfer import Transfer
 from rprune.data.loaders import Batch, Loader
-from rprune.errors import WorkError
+from rprune.errors import UsageError, WorkError
 from rprune.evaluation.accuracy import Predictions
 from rprune.evaluation.ledger import Clean, Ledger, Row, Status, Witness
 from rprune.evaluation.outcome import Kind, Robustness, Tally
@@ -79,10 +79,15 @@ def robustness(
         certified: by sample id, those proved robust under this threat. They are skipped but for one cheap PGD.
         grid: look for a point of 8-bit pixels for every broken sample (a search of its own where rounding fails).
 
+    The outcome is not ``complete`` either when the target has no net with gradients for attacks that need one.
+
     Raises:
         WorkError: a certified sample was broken: a bound or the attack is wrong.
+        UsageError: no attack can run on the target at all.
     """
     ledger = Ledger() if ledger is None else ledger
+    check_runs(attacks, target)
+    plan = _plan(attacks, target)
     ids = chosen(len(data), limit) if ids is None else ids
     batch_size = batch_size or usual_batch(data.take(ids[:1]).x)
     deadline = time.monotonic() + budget
@@ -93,8 +98,7 @@ def robustness(
     proved = {i for i in right if certified is not None and i < len(certified) and bool(certified[i])}
     if proved and target.search is not None:
         _cross_check(target, data, threat, sorted(proved), seed, batch_size)
-    complete = True
-    plan = _plan(attacks, target)
+    complete = all(step.net is not None or step.kind == "transfer" for step in plan)
     for step in plan:
         if step.net is None:
             continue
@@ -113,6 +117,16 @@ def robustness(
             count, robust = count + len(rows), robust - sum(row.witness is not None for row in rows.values())
             on_progress(step.name, count, robust, len(open_ids))
     return _outcome(ledger, plan, ids, proved, complete)
+
+
+def check_runs(attacks: Sequence[Attack], target: Target) -> None:
+    """Raises UsageError where none of the attacks can run: no gradients, no parents."""
+    plan = _plan(attacks, target)
+    if plan and all(step.net is None for step in plan):
+        raise UsageError(
+            f"{', '.join(step.name for step in plan)} cannot run: there is no net to search on",
+            "square needs no gradients; transfer needs a parent",
+        )
 
 
 def _plan(attacks: Sequence[Attack], target: Target) -> list[_Step]:

@@ -13,7 +13,7 @@ from rprune.attacks.suites import HARP_EPS, TABLES, with_transfer
 from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.ledger import Ledger
-from rprune.evaluation.robustness import chosen
+from rprune.evaluation.robustness import check_runs, chosen
 from rprune.evaluation.target import Target
 from rprune.files import KEY_FILE, check_ours, digest_of, file_digest, read_json, remove_result, write_json, write_text
 from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
@@ -172,10 +172,24 @@ def _check_fits(path: Path, target: Target, bench: Bench) -> None:
         )
 
 
-def check_suite(name: str, bench: Bench) -> None:
-    """Raises UsageError for a name that is neither a suite, an attack, nor a table of suites."""
-    if name not in TABLES:
-        bench.suite(name)
+def check_plan(plan: Plan, opened: Opened) -> None:
+    """Whether the plan can be run, before anything is written.
+
+    Raises:
+        UsageError: a name that is neither a suite, an attack, nor a table of suites; a suite of which nothing can run;
+            a shard without samples.
+        InputError: a part to merge is not there.
+    """
+    name = plan.suite_for(opened)
+    for suite in TABLES.get(name, {name: name}).values():
+        check_runs(opened.bench.suite(suite), opened.target)
+    total = len(opened.bench.data.test)
+    if not len(chosen(total, plan.limit, plan.shard)):
+        part, n = f"{plan.shard[0] + 1}/{plan.shard[1]}", min(total, plan.limit or total)
+        raise UsageError(f"shard {part} of {n} samples has none", f"use at most {n} shards")
+    for other in plan.merge:
+        if not other.exists():
+            raise InputError(f"{other} is not there", "name the folder of another part of this attack")
 
 
 def prepare_folder(out: Path, force: bool) -> None:

@@ -150,7 +150,7 @@ class Claim(Part):
     For robust accuracy, ``curve`` is the security curve over eps (from 0 to a huge one, the claim's own among them),
     ``attacks`` has a row for each attack of the suite, in order, ``distances`` the smallest perturbation found for each
     of the first samples that are right, in the threat's norm (None: none was found), and ``complete`` is false when a
-    time budget ended the attacks early.
+    time budget ended the attacks early, or attacks that need gradients found none.
     """
 
     YOUNGER = frozenset({"health", "attacks", "distances", "complete"})

@@ -76,7 +76,7 @@ def doubts(claim: Claim) -> list[str]:
     if claim.health is None and not claim.reliable:
         found.append("UNEXAMINED: the health of the attack was not checked")
     if not claim.complete:
-        found.append("INCOMPLETE: a time budget ended the attacks early")
+        found.append("INCOMPLETE: not every attack of the suite ran to its end")
     return found
 
 

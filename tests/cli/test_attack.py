@@ -149,7 +149,10 @@ def test_an_attack_of_the_users_own_has_a_place_in_a_suite(folder, call):
     [
         (("out/model.onnx", "--suite", "aa-standart"), 2, "aa-standard"),
         (("out/model.onnx", "--suite", "fgsm", "--shard", "4/3"), 2, "--shard"),
+        (("out/model.onnx", "--suite", "fgsm", "-n", 3, "--shard", "5/8"), 2, "at most 3 shards"),
+        (("out/model.onnx", "--suite", "fgsm", "--merge", "part2"), 3, "part2"),
         (("out/model.onnx", "--suite", "fgsm", "--budget", "soon"), 2, "--budget"),
+        (("out/model.onnx", "--suite", "transfer"), 2, "needs a parent"),
         (("out/model.onnx", "--suite", "fgsm", "-o", "."), 2, "did not write"),
         (("out/model.onnx", "--suite", "fgsm", "--data", "npz:missing.npz"), 3, "missing.npz"),
         (("out/missing.onnx", "--suite", "fgsm", "--data", "digits"), 3, "is not there"),

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from rprune.attacks.base import Attack, Found
 from rprune.attacks.fgsm import FGSM
 from rprune.attacks.pgd import PGD
+from rprune.attacks.square import Square
 from rprune.attacks.transfer import Transfer
 from rprune.certification.ibp import certified
 from rprune.certification.smoothing import ABSTAIN, Smoothed, Smoothing
 from rprune.data.loaders import Resident
+from rprune.errors import UsageError
 from rprune.evaluation.accuracy import classes_of, predictions
 from rprune.evaluation.certificates import SmoothedSet, certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
@@ -250,6 +252,17 @@ def test_progress_counts_up_to_the_total(net: Net, data: Resident) -> None:
 def test_more_attacks_never_raise_the_score(net: Net, data: Resident) -> None:
     scores = [run(net, data, attacks=attacks).correct for attacks in ([FGSM()], [FGSM(), ATTACK])]
     assert scores[1] <= scores[0]
+
+
+def test_attacks_that_cannot_run_leave_no_number_that_looks_whole(net: Net, data: Resident) -> None:
+    blind = Target(net, None)
+    found = robustness(blind, data, THREAT, [ATTACK, Square(budget=5)])
+    assert [tally.tried for tally in found.tallies] == [0, 54]
+    assert not found.complete
+    assert robustness(blind, data, THREAT, [Transfer(attack=ATTACK), Square(budget=5)]).complete
+    with pytest.raises(UsageError) as caught:
+        robustness(blind, data, THREAT, [ATTACK, Transfer(attack=ATTACK)])
+    assert "pgd, transfer pgd cannot run" in caught.value.message
 
 
 def test_no_attack_gives_the_clean_score(net: Net, data: Resident) -> None:

@@ -234,7 +234,7 @@ def test_weak_attack_is_marked_beside_its_number_everywhere(gate: str | None, we
         assert [mark in plot for plot in svg] == [True, False, True, False, False, True, False]
     top = page[page.index("<header>") : page.index('<p class="meta">')]
     assert ("UNRELIABLE: R4 black-box beats white-box, R6 right at a huge eps, R10" in top) == weak
-    assert ("INCOMPLETE: a time budget ended the attacks early" in top) == (not complete)
+    assert ("INCOMPLETE: not every attack of the suite ran to its end" in top) == (not complete)
     assert ("Gate failed: 1 of 4 rules is not met" in top) == (gate is not None)
     text = Outline(page).text
     assert text.count("✗ failed") == 3 * weak
