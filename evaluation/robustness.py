@@ -86,8 +86,7 @@ def robustness(
         UsageError: no attack can run on the target at all.
     """
     ledger = Ledger() if ledger is None else ledger
-    check_runs(attacks, target)
-    plan = _plan(attacks, target)
+    plan = planned(attacks, target)
     ids = chosen(len(data), limit) if ids is None else ids
     batch_size = batch_size or usual_batch(data.take(ids[:1]).x)
     deadline = time.monotonic() + budget
@@ -119,17 +118,8 @@ def robustness(
     return _outcome(ledger, plan, ids, proved, complete)
 
 
-def check_runs(attacks: Sequence[Attack], target: Target) -> None:
-    """Raises UsageError where none of the attacks can run: no gradients, no parents."""
-    plan = _plan(attacks, target)
-    if plan and all(step.net is None for step in plan):
-        raise UsageError(
-            f"{', '.join(step.name for step in plan)} cannot run: there is no net to search on",
-            "square needs no gradients; transfer needs a parent",
-        )
-
-
-def _plan(attacks: Sequence[Attack], target: Target) -> list[_Step]:
+def planned(attacks: Sequence[Attack], target: Target) -> list[_Step]:
+    """The attacks with the nets that they search on. Raises UsageError where none can run: no gradients, no parents."""
     plan: list[_Step] = []
     names: dict[str, int] = {}
 
@@ -145,6 +135,11 @@ def _plan(attacks: Sequence[Attack], target: Target) -> list[_Step]:
             add(attack.label, "white-box", attack, target.search)
         else:
             add(attack.label, "black-box", attack, target.artifact)
+    if plan and all(step.net is None for step in plan):
+        raise UsageError(
+            f"{', '.join(step.name for step in plan)} cannot run: there is no net to search on",
+            "square needs no gradients; transfer needs a parent",
+        )
     return plan
 
 

@@ -13,7 +13,7 @@ from rprune.attacks.suites import HARP_EPS, TABLES, with_transfer
 from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.ledger import Ledger
-from rprune.evaluation.robustness import check_runs, chosen
+from rprune.evaluation.robustness import chosen, planned
 from rprune.evaluation.target import Target
 from rprune.files import KEY_FILE, check_ours, digest_of, file_digest, read_json, remove_result, write_json, write_text
 from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
@@ -182,7 +182,7 @@ def check_plan(plan: Plan, opened: Opened) -> None:
     """
     name = plan.suite_for(opened)
     for suite in TABLES.get(name, {name: name}).values():
-        check_runs(opened.bench.suite(suite), opened.target)
+        planned(opened.bench.suite(suite), opened.target)
     total = len(opened.bench.data.test)
     if not len(chosen(total, plan.limit, plan.shard)):
         part, n = f"{plan.shard[0] + 1}/{plan.shard[1]}", min(total, plan.limit or total)

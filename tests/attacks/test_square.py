@@ -1,6 +1,7 @@
 """Square Attack against a plain implementation of the paper's algorithms."""
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -241,6 +242,14 @@ def test_squares_fit_whatever_the_image(norm):
     assert square_side(1.0, 6, 6, "l2") == 5
 
 
+@dataclass(frozen=True)
+class Constant(Keyed):
+    value: float = 0.0
+
+    def uniform(self, like, purpose):  # noqa: ARG002
+        return torch.full_like(like, self.value)
+
+
 def test_a_square_lies_at_every_place_where_it_fits_alike():
     x = torch.zeros(1_000, 1, 5, 7)
     corners = draw(x, "linf", [3] * 50, Keyed(0, torch.arange(len(x))), "t").corners
@@ -248,6 +257,10 @@ def test_a_square_lies_at_every_place_where_it_fits_alike():
     assert (counts[3:] == 0).all()
     assert (counts[:, 5:] == 0).all()
     assert ((counts[:3, :5] / corners.numel() - 1 / 15).abs() < 0.005).all()
+    ends = [
+        draw(x[:1], "linf", [3] * 50, Constant(0, torch.zeros(1, dtype=torch.int64), end), "t") for end in (-1.0, 1.0)
+    ]
+    assert [set(end.corners.flatten().tolist()) for end in ends] == [{0}, {18}]
     (pixels,) = windows(torch.tensor([[0], [18]]), 3, x[:2])
     assert pixels[:, 0].tolist() == [[0, 1, 2, 7, 8, 9, 14, 15, 16], [18, 19, 20, 25, 26, 27, 32, 33, 34]]
 

@@ -109,3 +109,16 @@ def test_suite_of_an_artifact_with_parents_transfers():
     more = with_transfer(suite("aa-standard"))
     assert more[:4] == suite("aa-standard")
     assert [attack.label for attack in more[4:]] == ["transfer apgd-ce", "transfer apgd-t"]
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr"])
+def test_quick_parts_leave_what_the_reference_leaves(oracle_net, load_helper, name):
+    """The others, and the whole, in tests/benchmarks."""
+    net, x, y = oracle_net
+    data = Resident((x * 255).round().to(torch.uint8), y)
+    target, threat = Target.of(net, net), ThreatModel.of("linf", "0.08")
+    found = robustness(target, data, threat, suite(name), seed=7, batch_size=64)
+    wanted = load_helper("oracles/attack_oracle.py").RESULTS
+    assert found.clean.correct == round(wanted["clean"] * 256)
+    assert abs(found.correct - round(wanted[f"{name}_s0"] * 256)) <= 4
+    assert all(tally.misses == 0 for tally in found.tallies)
