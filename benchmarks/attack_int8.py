@@ -58,7 +58,7 @@ def one(seed: int) -> list[dict[str, Any]]:
     from rprune.attacks.transfer import Transfer
     from rprune.evaluation.robustness import robustness
     from rprune.evaluation.target import Target
-    from rprune.pipeline.targets import CPU, OnnxNet, search_net
+    from rprune.pipeline.targets import CPU, FileNet, search_net
 
     class Rounding(nn.Module):
         """The derivative of rounding is zero wherever there is one: the gradient of the true 8-bit function."""
@@ -78,9 +78,9 @@ def one(seed: int) -> list[dict[str, Any]]:
 
     bench, model, twin, folder = chain(seed)
     parent = search_net(model, bench.data.shape, CPU)
-    shipped = OnnxNet(folder / "model.int8.onnx")
+    shipped = FileNet(folder / "model.int8.onnx")
     ste = Target.of(shipped, twin, (parent,))
-    floating = Target.of(OnnxNet(folder / "model.onnx"), parent)
+    floating = Target.of(FileNet(folder / "model.onnx"), parent)
     cases = {
         "rounding": (Target.of(shipped, Rounding(twin)), (CE, TARGETED)),
         "transfer-first": (ste, (FirstSuccess(attack=TARGETED),)),
@@ -106,19 +106,20 @@ def one(seed: int) -> list[dict[str, Any]]:
 def chain(seed: int) -> tuple[Any, Any, Any, Path]:
     """(bench, float model, 8-bit simulation, folder with both ONNX files) of the digits recipe."""
     from rprune.pipeline.bench import Bench, architecture
-    from rprune.pipeline.bundle import write_models
+    from rprune.pipeline.forms import Deployed, write_models
+    from rprune.pipeline.quantizing import quantize
     from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, PruneStage, QuantizeStage, TrainStage
-    from rprune.pipeline.stages import finetune, networks, prune, quantize_8bit, train
+    from rprune.pipeline.stages import finetune, prune, train
 
     bench = Bench.open(DataSection(source="digits"), None, seed, "cpu")
     made = train(bench, architecture(ModelSection(arch="cnn-small"), bench.data), TrainStage(epochs=60))
     made = prune(bench, made, PruneStage(method="harp", sparsity=0.9, epochs=20))
     made = finetune(bench, made, FinetuneStage(epochs=60, lr=0.05))
-    made = quantize_8bit(bench, made, QuantizeStage())
-    model, twin = networks(made)
+    made = quantize(bench, made, QuantizeStage())
+    deployed = Deployed.of(made)
     folder = Path(tempfile.mkdtemp(prefix="attack-int8-"))
-    write_models(made, model, twin, bench, folder)
-    return bench, model, twin, folder
+    write_models(deployed, (), bench, folder)
+    return bench, deployed.model, deployed.twin, folder
 
 
 def table(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from rprune import __version__
 from rprune.cli.attack import attack
+from rprune.cli.bench import bench
 from rprune.cli.certify import certify
 from rprune.cli.console import print_error, stdout
 from rprune.cli.evaluate import evaluate
@@ -28,6 +29,7 @@ from rprune.cli.run import run
 from rprune.cli.schema import schema
 from rprune.cli.shrink import shrink
 from rprune.cli.train import train
+from rprune.cli.unpack import unpack
 from rprune.cli.verify import verify
 from rprune.errors import EXIT_CODES, Interrupted, RpruneError
 
@@ -75,9 +77,9 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Pipeline": {
         "run": run, "train": train, "prune": prune, "finetune": finetune, "shrink": shrink, "quantize": quantize,
-        "certify": certify, "export": export,
+        "certify": certify, "export": export, "unpack": unpack,
     },
-    "Measure": {"evaluate": evaluate, "attack": attack},
+    "Measure": {"evaluate": evaluate, "attack": attack, "bench": bench},
     "Trust": {"verify": verify, "gate": gate, "report": report},
     "Help": {"inspect": inspect, "list": list_, "schema": schema},
 }  # fmt: skip

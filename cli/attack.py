@@ -15,7 +15,9 @@ UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def attack(
-    model: Annotated[Path, typer.Argument(help="An ONNX file, or a model file or stage folder as for other commands.")],
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX file, model.c, or a model file or stage folder as for other commands.")
+    ],
     suite: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +59,8 @@ def attack(
     quiet: o.Quiet = False,
 ) -> None:
     """Robust accuracy under the strongest attacks, of a model file or of the very ONNX file that ships."""
-    from rprune.pipeline.attack_file import Plan, attack_file, check_plan, open_target, prepare_folder
+    from rprune.pipeline.attack_file import Plan, attack_file, check_plan, prepare_folder
+    from rprune.pipeline.shipped import open_target
 
     plan = Plan(
         suite=suite, limit=limit, shard=_shard(shard), budget=_seconds(budget), batch_size=batch_size,

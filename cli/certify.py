@@ -34,18 +34,24 @@ def certify(
     from rprune.evaluation.certificates import SmoothedSet
     from rprune.files import refuse_overwrite, write_json
     from rprune.pipeline.recipe import CertifyStage, validated
+    from rprune.pipeline.shipped import SHIPPED, certify_file, open_target
     from rprune.pipeline.single import Request, certificates_beside, open_model
     from rprune.pipeline.stages import certify as run_certify
 
+    shipped = model.suffix in SHIPPED
+    methods = methods or ("smoothing" if shipped else None)
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     table = o.given(methods=chosen, sigma=sigma, n=n, alpha=alpha, limit=limit, smoothing_limit=limit, eps=eps)
     stage = validated(CertifyStage, o.with_settings(table, settings), "options")
     output = output or certificates_beside(model)
     with ProgressLines(quiet or as_json) as reporter:
         request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
-        bench, source = open_model(model, request, reporter)
         refuse_overwrite(output, force)
-        found = run_certify(bench, source, stage)
+        if shipped:
+            found = certify_file(open_target(model, request, reporter), stage)
+        else:
+            bench, source = open_model(model, request, reporter)
+            found = run_certify(bench, source, stage)
     write_json(output, found)
     if as_json:
         print_json(found)
@@ -63,5 +69,5 @@ def certify(
     print_table(
         f"certified accuracy of the {found['form']} form -> {output}", ["method", "radius", "certified", "count"], rows
     )
-    if not quiet:
+    if not quiet and not shipped:
         note(f"Next: rprune export {model} -o DIR")

@@ -29,6 +29,7 @@ WIDE = 200  # columns where there is no terminal to ask
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_EVERY = 30.0  # seconds between progress lines when stderr is not a terminal
+SHOWN_ROLES = ("onnx", "onnx-int8", "onnx-compact", "packed", "c")
 SHOWN = {"loss": "loss", "kept_share": "kept", "validation_accuracy": "clean", "validation_robust": "robust"}
 
 
@@ -86,8 +87,9 @@ class ProgressLines:
         values = "  ".join(f"{short} {log.values[name]:.3g}" for name, short in SHOWN.items() if name in log.values)
         self._show(stage, log.epoch, log.epochs, values, (self._free, log.epoch - 1))
 
-    def progress(self, what: str, done: int, good: int, total: int) -> None:
-        self._show(what, done, total, f"holds {good}", (time.monotonic(), done))
+    def progress(self, what: str, done: int, good: int | None, total: int) -> None:
+        """``good``: how many of those that are done hold, where that is what the work finds out."""
+        self._show(what, done, total, "" if good is None else f"holds {good}", (time.monotonic(), done))
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -156,9 +158,13 @@ def print_artifact(artifact: Artifact, where: str) -> None:
     if "kept" in after:
         total = after.get("total")
         rows.append(["weights kept", f"{total:,}" if total else "", f"{after['kept']:,}"])
-    for name in ("parameters", "macs"):
-        if name in after:
-            rows.append([name, f"{after[name]['before']:,}", f"{after[name]['after']:,}"])
+    if "parameters" in after:
+        rows.append(["parameters", f"{after['parameters']['before']:,}", f"{after['parameters']['after']:,}"])
+    if "macs" in after:
+        counted = after["macs"]
+        if "before" in counted:
+            rows.append(["MACs, dense", f"{counted['before']:,}", f"{counted['dense']:,}"])
+        rows.append(["MACs, without zeros", f"{counted['dense']:,}", f"{counted['sparse']:,}"])
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
 
 
@@ -257,9 +263,23 @@ def print_report(report: Report, where: str) -> None:
     for line in report.warnings:
         note(f"warning: {line}")
     stdout.print(Text(f"report  {where}/report.json\n        {where}/report.html"))
-    for subject in report.subjects:
-        if subject.role in ("onnx", "onnx-int8"):
-            stdout.print(Text(f"model   {where}/{subject.name}  {subject.bytes:,} bytes  sha256 {subject.sha256[:12]}"))
+    ratios = {} if report.footprint is None else report.footprint.ratios
+    rows = [
+        [
+            f"{where}/{s.name}",
+            s.role,
+            f"{s.bytes:,}",
+            f"÷{ratios[s.name]:.1f}" if s.name in ratios else "",
+            s.sha256[:12],
+        ]
+        for s in report.subjects
+        if s.role in SHOWN_ROLES
+    ]
+    print_table("files; bytes beside those of the dense float32 weights", ["", "form", "bytes", "", "sha256"], rows)
+    if report.integers is not None:
+        exact = "below 2^24: exact in float32" if report.integers.exact else "beyond 2^24: computed in wider numbers"
+        pairs = report.integers.saturating_pairs
+        stdout.print(Text(f"{report.integers.bits} bits, sums {exact}; {pairs:,} pairs may saturate without VNNI"))
 
 
 def print_gate(gate: Gate) -> None:

@@ -26,10 +26,10 @@ def evaluate(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Clean and robust accuracy of a model file, of its float and its 8-bit form."""
+    """Clean and robust accuracy of a model file: of its float and its 8-bit form, or of an ONNX or C file."""
     from rprune.errors import unknown_name
     from rprune.evaluation.statistics import clopper_pearson
-    from rprune.pipeline.single import measure, open_model
+    from rprune.pipeline.shipped import measure, targets_of
 
     if split not in ("test", "validation"):
         raise unknown_name("split", split, ["test", "validation"])
@@ -37,8 +37,8 @@ def evaluate(
         request = o.request(
             mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
         )
-        bench, artifact = open_model(model, request, reporter)
-        found = measure(bench, artifact, split, suite, limit)
+        bench, targets = targets_of(model, request, reporter)
+        found = measure(bench, targets, split, suite, limit)
     if as_json:
         print_json({"model": str(model), "split": split, "threat": str(bench.threat), "results": found})
         return

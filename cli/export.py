@@ -13,6 +13,11 @@ from rprune.cli.console import ProgressLines, note, print_json, print_report
 def export(
     model: o.Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    formats: o.Formats = None,
+    compact: Annotated[
+        bool, typer.Option("--compact/--no-compact", help="Remove channels that do nothing first.")
+    ] = True,
+    bench: Annotated[bool, typer.Option("--bench", help="Measure latencies, too, for the report.")] = False,
     suite: o.Suite = None,
     limit: o.Limit = None,
     health: o.Health = True,
@@ -39,20 +44,22 @@ def export(
     from rprune.pipeline.single import Request, certificates_beside, open_model, read_certificates
     from rprune.reports.gate import read_policy
 
-    stage = validated(ExportStage, o.given(suite=suite, limit=limit, health=health), "options")
+    chosen = None if formats is None else [name.strip() for name in formats.split(",")]
+    table = o.given(formats=chosen, compact=compact, bench=bench, suite=suite, limit=limit, health=health)
+    stage = validated(ExportStage, table, "options")
     bar = None if policy is None else read_policy(policy)
     output = output.resolve() if not output.name else output  # "." has no name beside which to work
     with ProgressLines(quiet or as_json) as reporter:
         request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
-        bench, artifact = open_model(model, request, reporter)
+        opened, artifact = open_model(model, request, reporter)
         refuse_overwrite(output, force)
         beside = certificates_beside(model)
         place = certificates or (beside if beside.exists() else None)
-        proofs = None if place is None else read_certificates(place, artifact, bench)
+        proofs = None if place is None else read_certificates(place, artifact, opened)
         partial = output.with_name(f"{output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         recipe = {"command": "export", "model": model.name, "stage": stage.model_dump(mode="json"), "seed": seed}
-        report = run_export(bench, artifact, stage, partial, Source(model.stem, recipe, bar), proofs)
+        report = run_export(opened, artifact, stage, partial, Source(model.stem, recipe, bar), proofs)
         remove_result(output)
         partial.replace(output)
     if as_json:

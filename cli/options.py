@@ -72,6 +72,10 @@ Suite = Annotated[
         "--suite", help="Attacks for robust accuracy: a name of 'rprune list suites', or several with commas."
     ),
 ]
+Formats = Annotated[
+    str | None,
+    typer.Option("--format", help="safetensors, onnx, onnx-int8, onnx-compact, packed, c; several with commas."),
+]
 Health = Annotated[
     bool, typer.Option("--health/--no-health", help="Check the attack itself, and find the curve over eps.")
 ]
@@ -106,9 +110,10 @@ def with_preset(table: dict[str, Any], kind: str, name: str | None, method: str 
     return stage_table(table, found.get(kind, {})), found.get("threat", {})
 
 
-def with_option(name: str, key: str, value: Any) -> Any:
-    """A method by name, as a table where an option of it was given."""
-    return name if value is None else {"name": name, key: value}
+def with_options(name: str, **options: Any) -> Any:
+    """A method by name, as a table where options of it were given."""
+    table = given(**options)
+    return {"name": name} | table if table else name
 
 
 def typed(table: dict[str, Any]) -> frozenset[str]:

@@ -11,8 +11,12 @@ from rprune.cli.console import ProgressLines
 def prune(
     model: o.Model,
     sparsity: Annotated[
-        float, typer.Option("-s", "--sparsity", help="Share of conv and linear weights to remove, 0 to 1.")
-    ],
+        float | None, typer.Option("-s", "--sparsity", help="Share of conv and linear weights to remove, 0 to 1.")
+    ] = None,
+    macs: Annotated[
+        float | None,
+        typer.Option("--macs", help="Instead of a sparsity: share of the dense multiply-accumulates to keep, 0 to 1."),
+    ] = None,
     method: Annotated[
         str, typer.Option("-m", "--method", help="A name of 'rprune list methods', or file.py:Class.")
     ] = "harp",
@@ -21,6 +25,9 @@ def prune(
     arch: o.Arch = None,
     objective: o.Objective = None,
     initial_scores: o.InitialScores = None,
+    macs_weight: Annotated[
+        float | None, typer.Option("--macs-weight", help="HARP: press for weights that cost fewer MACs; try 0.1.")
+    ] = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     epochs: o.Epochs = None,
@@ -49,13 +56,14 @@ def prune(
     from rprune.pipeline.single import open_model
 
     table = o.given(
-        method=o.with_option(method, "initial_scores", initial_scores), sparsity=sparsity, objective=objective,
-        epochs=epochs, lr=lr, batch_size=batch_size,
+        method=o.with_options(method, initial_scores=initial_scores, macs_weight=macs_weight),
+        sparsity=sparsity, macs=macs, objective=objective, epochs=epochs, lr=lr, batch_size=batch_size,
         include=include, exclude=exclude,
     )  # fmt: skip
     table, threat = o.with_preset(table, "prune", preset, method)
     stage = validated(PruneStage, o.with_settings(table, settings), "options")
-    output = output or o.default_output(model, f"{method.rpartition(':')[2]}-{sparsity:g}")
+    budget = f"macs{stage.macs:g}" if stage.sparsity is None else f"{stage.sparsity:g}"
+    output = output or o.default_output(model, f"{method.rpartition(':')[2]}-{budget}")
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
         request = o.request(
             mean,

@@ -11,31 +11,69 @@ from rprune.cli.console import ProgressLines
 def quantize(
     model: o.Model,
     output: o.Output = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="ptq: calibrate; qat: train with the integers; codebook: few floats.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="2 to 12 for weights and activations; 8 is deployed.")
+    ] = None,
+    observer: Annotated[
+        str | None, typer.Option("--observer", help="Range of the activations: minmax, percentile or mse.")
+    ] = None,
     calibration: Annotated[
-        int | None, typer.Option("--calibration", help="Training images whose ranges set the scales.")
+        int | None, typer.Option("--calibration", help="Training images whose activations set the scales.")
+    ] = None,
+    portable: Annotated[
+        bool | None, typer.Option("--portable/--no-portable", help="Exact on CPUs without VNNI too.")
+    ] = None,
+    bias_correction: Annotated[
+        bool | None,
+        typer.Option("--bias-correction/--no-bias-correction", help="Cancel the weights' mean error in the biases."),
+    ] = None,
+    compact: Annotated[
+        bool | None, typer.Option("--compact/--no-compact", help="Remove channels that do nothing first.")
     ] = None,
     data: o.Data = None,
     arch: o.Arch = None,
+    objective: o.Objective = None,
+    epochs: o.Epochs = None,
+    lr: o.LearningRate = None,
+    batch_size: o.BatchSize = None,
+    eps: o.Eps = None,
+    norm: o.Norm = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     settings: o.Set = None,
     download: o.Download = False,
     force: o.Force = False,
+    resume: o.Resume = True,
+    tensorboard: o.TensorBoard = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Add the 8-bit form: int8 weights, uint8 activations, zeros kept."""
+    """Integers in place of floats: int8 weights, uint8 activations, zeros kept."""
     from rprune.cli.work import work
     from rprune.pipeline.recipe import QuantizeStage, validated
     from rprune.pipeline.single import Request, open_model
 
-    stage = validated(QuantizeStage, o.with_settings(o.given(calibration=calibration), settings), "options")
-    output = output or o.default_output(model, "int8")
-    with ProgressLines(quiet or as_json) as reporter:
-        request = Request(data=data, arch=arch, seed=seed, device=device, download=download)
+    table = o.given(
+        mode=mode, bits=bits, observer=observer, calibration=calibration, portable=portable,
+        bias_correction=bias_correction, compact=compact, objective=objective, epochs=epochs, lr=lr,
+        batch_size=batch_size,
+    )  # fmt: skip
+    stage = validated(QuantizeStage, o.with_settings(table, settings), "options")
+    output = output or o.default_output(model, _suffix(stage.mode, stage.bits))
+    with ProgressLines(quiet or as_json, tensorboard) as reporter:
+        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
         bench, source = open_model(model, request, reporter)
+        bench.typed |= o.typed(table)
+        step = f"rprune export {output} -o DIR" if stage.bits <= 8 else f"rprune evaluate {output}"
         work(
-            bench, stage, source, output, reporter, force=force, resume=False, dry_run=dry_run,
-            as_json=as_json, next_step=f"rprune certify {output}, then rprune export {output} -o DIR",
+            bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,
+            as_json=as_json, next_step=f"rprune certify {output}, then {step}",
         )  # fmt: skip
+
+
+def _suffix(mode: str, bits: int) -> str:
+    return f"codebook{bits}" if mode == "codebook" else f"int{bits}"

@@ -1,4 +1,8 @@
-"""The float model as an ONNX file, by torch's own exporter, without the traces it leaves of this machine."""
+"""The float model as an ONNX file.
+
+A traced network is written node by node, the same bytes for the same network. What cannot be traced goes through
+torch's own exporter, without the traces that it leaves of this machine.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,35 @@ from typing import Any
 
 import onnx
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rprune.errors import WorkError
-from rprune.export.qdq import INPUT, OPSET, OUTPUT
+from rprune.export.graphs import INPUT, OPSET, OUTPUT, Writer, conv_attributes, keep_op, pool_op
+from rprune.models.graph import Add, Affine, GlobalAvgPool
+
+
+def plain_model(network: fx.GraphModule, input_shape: tuple[int, int, int], classes: int) -> onnx.ModelProto:
+    """The ONNX model of a network from ``trace``: input ``(batch, c, h, w)`` in [0,1] to logits, names kept."""
+    return _FloatWriter().model(network, input_shape, classes)
+
+
+class _FloatWriter(Writer):
+    def layer(self, module: nn.Module, name: str, inputs: list[str], target: str) -> str:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            parts = [*inputs, self.constant(f"{name}.weight", module.weight)]
+            if module.bias is not None:
+                parts.append(self.constant(f"{name}.bias", module.bias))
+            if isinstance(module, nn.Linear):
+                return self.op("Gemm", {"transB": 1}, parts, target, exact=True)
+            return self.op("Conv", conv_attributes(module.kernel_size, vars(module)), parts, target, exact=True)
+        if isinstance(module, Add):
+            return self.op("Add", inputs, target, exact=True)
+        if isinstance(module, Affine):
+            scaled = self.op("Mul", [*inputs, self.constant(f"{name}.scale", module.scale)], target)
+            return self.op("Add", [scaled, self.constant(f"{name}.shift", module.shift)], target, exact=True)
+        if isinstance(module, nn.AvgPool2d | GlobalAvgPool):
+            return self.op(*pool_op(module if isinstance(module, nn.AvgPool2d) else None), inputs, target, exact=True)
+        return self.op(*keep_op(module), inputs, target, exact=True)
 
 
 def float_model(model: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:

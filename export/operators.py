@@ -186,7 +186,7 @@ def pad(a: Attributes, x: Tensor, widths: Tensor | None = None, value: Tensor | 
 
 def positions(index: Tensor, count: int) -> Tensor:
     """Checked here, since one that is out of range stops a GPU for good."""
-    need(bool(((index >= -count) & (index < count)).all()), "an index is out of range")
+    need(index.is_meta or bool(((index >= -count) & (index < count)).all()), "an index is out of range")
     return index
 
 
@@ -198,6 +198,22 @@ def gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
 def gather_nd(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
     need(not a.get("batch_dims"), "batch_dims is not supported")
     return x[tuple(positions(part, count) for part, count in zip(index.unbind(-1), x.shape, strict=False))]
+
+
+def scatter(a: Attributes, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Ascending places of a row, as compact files have them: others would write twice, in an order of their own."""
+    need(x.dim() == 1 and index.dim() == 1 and index.shape == values.shape, "only rows are supported")
+    need(a.get("reduction", "none") == "none", "reductions are not supported")
+    if x.is_meta or index.is_meta or values.is_meta:
+        return x.to("meta")
+    ascends = bool((index[1:] > index[:-1]).all()) and (not len(index) or 0 <= index[0] <= index[-1] < len(x))
+    need(bool(ascends), "an index is out of range or not above the one before")
+    return x.scatter(0, index, values)
+
+
+def running_sum(a: Attributes, x: Tensor, axis: Tensor) -> Tensor:
+    need(not a.get("exclusive") and not a.get("reverse"), "only plain sums are supported")
+    return x.cumsum(int(axis))
 
 
 def sliced(a: Attributes, x: Tensor, *given: Tensor | None) -> Tensor:
@@ -269,6 +285,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Constant": constant,
     "ConstantOfShape": lambda a, shape: a.get("value", torch.zeros(1)).reshape(()).expand(shape.tolist()),
     "Conv": conv,
+    "CumSum": running_sum,
     "DequantizeLinear": dequantize,
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Flatten": flatten,
@@ -286,6 +303,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ReduceMean": partial(reduce, torch.mean),
     "ReduceSum": partial(reduce, torch.sum),
     "Reshape": reshape,
+    "ScatterElements": scatter,
     "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end")]),
     "Slice": sliced,
     "Softmax": softmax,

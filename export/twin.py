@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from rprune.errors import InputError
+from rprune.export.constants import LARGEST
+from rprune.export.guard import VIEWS
 from rprune.export.operators import NUMBERED, OPERATORS, PLAIN, need
 from rprune.export.session import load_onnx
 
 OLDEST_OPSET = 7  # before it broadcasting was an attribute
-LARGEST = 1 << 29  # entries: as many float32 weights as fill a protobuf file, which ends at 2 GiB
 MOST_NUMBERS = 1 << 14  # entries of a node's inputs that may be read as numbers; more can only be data
 FLOAT32 = 1  # TensorProto's number
 DOMAINS = ("", "ai.onnx")
@@ -125,7 +126,7 @@ class _Reader:
             sizes = [result.numel() for result in results]
             need(max(sizes) <= LARGEST, "its result is too large")
             if self.live.isdisjoint(node.input):
-                self.folded += sum(sizes)
+                self.folded += 0 if node.op_type in VIEWS else sum(sizes)
                 need(self.folded <= LARGEST, "the constants of the file become too large")
                 results = _tuple(compute(*inputs))
             else:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rprune.errors import InputError
-from rprune.models.graph import Add, Affine, GlobalAvgPool, layer
+from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, note_shapes, output_of, shape_of
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "conv": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
@@ -31,6 +32,7 @@ KINDS: dict[str, type[nn.Module]] = {
     "affine": Affine,
 }
 INPUT = "image"
+NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # torch.fx writes names into code that it runs: nothing else may stand in one
 
 
 def flat(num_classes: int, input_shape: tuple[int, int, int], layers: Sequence[Mapping[str, Any]] = ()) -> nn.Module:
@@ -44,6 +46,8 @@ def flat(num_classes: int, input_shape: tuple[int, int, int], layers: Sequence[M
     nodes = {INPUT: graph.placeholder("x")}
     try:
         for entry in layers:
+            if not NAME.fullmatch(entry["name"]):
+                raise ValueError(f"{entry['name']!r} cannot be the name of a layer")
             network.add_submodule(entry["name"], _module(entry))
             nodes[entry["name"]] = graph.call_module(entry["name"], tuple(nodes[name] for name in entry["inputs"]))
         graph.output(nodes[layers[-1]["name"]])
@@ -57,6 +61,47 @@ def flat(num_classes: int, input_shape: tuple[int, int, int], layers: Sequence[M
     if tuple(logits.shape) != (2, num_classes):
         raise InputError(f"the flat network gives {tuple(logits.shape[1:])} logits", f"it should give {num_classes}")
     return network
+
+
+def loaded(
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    layers: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Tensor],
+) -> fx.GraphModule:
+    """:func:`flat` with the tensors of ``state`` themselves, ready for what takes a network from ``trace``.
+
+    Nothing is computed and nothing but ``state`` takes memory. Raises InputError as :func:`flat`, and when ``state``
+    does not fit.
+    """
+    with torch.device("meta"):
+        network = flat(num_classes, input_shape, layers)
+        assert isinstance(network, fx.GraphModule)
+        note_shapes(network, input_shape)
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"the weights do not fit the layers: {str(error).splitlines()[-1].strip()}") from None
+    network.eval().requires_grad_(False)
+    return network
+
+
+def canonical(network: fx.GraphModule) -> fx.GraphModule:
+    """The same network, its nodes named after its layers, zeros of its tensors +0; ``network`` comes from ``trace``.
+
+    How a forward pass is written decides what its nodes are called, and a file shows these names. Those of a canonical
+    network follow from :func:`describe` alone, so that a network read from its description gives the same file.
+    """
+    layers = describe(network)
+    (image,) = (node for node in network.graph.nodes if node.op == "placeholder")
+    calls = [node for node in network.graph.nodes if node.op == "call_module"]
+    state = {
+        f"{entry['name']}.{key}": tensor + 0
+        for entry, node in zip(layers, calls, strict=True)
+        for key, tensor in layer(network, node).state_dict().items()
+    }
+    _, channels, height, width = shape_of(image)
+    return loaded(shape_of(output_of(network))[1], (channels, height, width), layers, state)
 
 
 def describe(network: fx.GraphModule) -> list[dict[str, Any]]:

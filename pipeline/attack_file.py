@@ -14,32 +14,15 @@ from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.ledger import Ledger
 from rprune.evaluation.robustness import chosen, planned
-from rprune.evaluation.target import Target
-from rprune.files import KEY_FILE, check_ours, digest_of, file_digest, read_json, remove_result, write_json, write_text
+from rprune.files import KEY_FILE, check_ours, digest_of, remove_result, write_json, write_text
 from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
-from rprune.pipeline.bench import Bench, Reporter
 from rprune.pipeline.claims import empirical_claims
 from rprune.pipeline.environment import environment, source_digest
-from rprune.pipeline.single import Request, open_data, open_model
-from rprune.pipeline.targets import CPU, is_quantized, of_artifact, of_onnx
-from rprune.reports.schema import Claim, Role
+from rprune.pipeline.shipped import Opened
+from rprune.reports.schema import Claim
 from rprune.threat import ThreatModel
 
 SCHEMA = "rprune.attack/1"
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A file ready to be attacked. ``note``: what the user should know of how it is searched."""
-
-    path: Path
-    bench: Bench
-    target: Target
-    role: Role
-    digest: str
-    gradient: str
-    verdict: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,82 +77,6 @@ class Result:
             "columns": [column.to_json() for column in self.columns],
             "environment": environment(str(opened.bench.device)),
         }
-
-
-def open_target(
-    path: Path, request: Request, reporter: Reporter, parents: Sequence[Path] = (), compiled: bool = False
-) -> Opened:
-    """A model file of any kind with its data and threat.
-
-    Beside a report (a bundle), an ONNX file needs no further word: data, threat and the float parent are found there.
-
-    Raises:
-        InputError: the file cannot be used, or does not go with the data.
-        UsageError: no data is named anywhere; a parent for a file that is not ONNX.
-    """
-    if path.suffix == ".onnx":
-        return _open_onnx(path, request, reporter, parents, compiled)
-    if parents:
-        raise UsageError("--parent is for ONNX files", "rprune's own files hold their float parent")
-    bench, artifact = open_model(path, request, reporter)
-    form, target = list(of_artifact(artifact, bench.device, compiled).items())[-1]
-    gradient = "8-bit simulation (straight-through) and float parent" if form == "8-bit" else "float model, folded"
-    if form == "8-bit":
-        bench.device = CPU  # where the simulation is exact
-    verdict = "the 8-bit simulation" if form == "8-bit" else "torch"
-    return Opened(path, bench, target, "weights", artifact.digest, gradient, f"{verdict} on {path.name}")
-
-
-def _open_onnx(path: Path, request: Request, reporter: Reporter, parents: Sequence[Path], compiled: bool) -> Opened:
-    report = path.with_name("report.json")
-    quantized = is_quantized(path)
-    if report.is_file():
-        table = read_json(report, "report")
-        request = _completed(request, table)
-        beside = path.with_name("model.onnx")
-        if quantized and not parents and beside.is_file() and beside != path:
-            parents = (beside,)
-    if request.arch is not None:
-        raise UsageError("--arch does not go with an ONNX file", "leave it out: the file holds its network")
-    bench = open_data(request, reporter)
-    target, why = of_onnx(path, tuple(parents), compiled)
-    bench.device = CPU
-    _check_fits(path, target, bench)
-    gradient = "the file's own graph in torch" + (", straight-through" if quantized else "")
-    gradient += f", and {', '.join(parent.name for parent in parents)}" if parents else ""
-    note = "" if why is None else f"no gradients: {why}; only attacks without gradients and transfers run"
-    role: Role = "onnx-int8" if quantized else "onnx"
-    verdict = f"ONNX Runtime on {path.name}"
-    return Opened(path, bench, target, role, file_digest(path), gradient if why is None else "none", verdict, note)
-
-
-def _completed(request: Request, report: Any) -> Request:
-    """What the user did not say, from the report of the bundle that the file lies in."""
-    from dataclasses import replace
-
-    try:
-        data, threat = report["data"]["source"], report["threat"]
-        said = replace(request, data=request.data or data)
-        if request.eps is None and request.norm is None:
-            said = replace(said, norm=threat["norm"], eps=threat["eps"])
-    except (KeyError, TypeError):
-        return request
-    return said
-
-
-def _check_fits(path: Path, target: Target, bench: Bench) -> None:
-    """Raises InputError when images and logits of the file are not those of the data."""
-    data = bench.data
-    batch = loader(data.test, CPU).take(chosen(len(data.test), 1))
-    try:
-        classes = target.logits(batch.x).shape[1]
-    except Exception as error:  # ONNX Runtime's errors share no base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"{path} does not take images of {data.shape}: {reason}", "give the matching --data") from None
-    if classes != len(data.classes):
-        raise InputError(
-            f"{path} has {classes} classes, {data.source} has {len(data.classes)}", "give the matching --data"
-        )
 
 
 def check_plan(plan: Plan, opened: Opened) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 import rprune
 from rprune.attacks.base import Attack
@@ -25,19 +22,24 @@ from rprune.errors import WorkError
 from rprune.evaluation.ledger import Ledger
 from rprune.evaluation.outcome import Robustness
 from rprune.evaluation.target import Target
-from rprune.export.onnx import float_model, stamp
-from rprune.export.qdq import qdq_model
-from rprune.export.session import OnnxClassifier, stored_weights
-from rprune.files import atomic, digest_of, file_digest, write_json, write_text
+from rprune.export.footprint import footprint
+from rprune.export.session import stored_weights
+from rprune.export.speed import latencies
+from rprune.files import digest_of, file_digest, write_json, write_text
+from rprune.models.cost import parameters as count_parameters
+from rprune.models.cost import positions
 from rprune.models.prunable import prunable
-from rprune.pipeline.artifact import Artifact, Metadata, save_tensors
+from rprune.pipeline.artifact import Artifact, Metadata
 from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
 from rprune.pipeline.bench import Bench
 from rprune.pipeline.claims import certified_claims, empirical_claims, proved_samples
 from rprune.pipeline.environment import environment, source_digest
+from rprune.pipeline.forms import FILES, Deployed, write_models
 from rprune.pipeline.recipe import ExportStage
-from rprune.pipeline.stages import Certificates, networks
+from rprune.pipeline.stages import Certificates, compacted
 from rprune.pipeline.targets import CPU, of_export
+from rprune.quantization.guarantees import exactness, saturating_pairs
+from rprune.quantization.ptq import Quantization
 from rprune.reports.evidence import broken_samples
 from rprune.reports.gate import Policy, judge
 from rprune.reports.html import render_html
@@ -45,7 +47,9 @@ from rprune.reports.schema import (
     Claim,
     DataUsed,
     Evidence,
-    Fidelity,
+    Footprint,
+    Integers,
+    Latency,
     Layer,
     LineageEntry,
     Report,
@@ -56,18 +60,8 @@ from rprune.reports.schema import (
     read_report,
 )
 
-CHECK_SAMPLES = 256
-TOLERANCE = 1e-4  # of the largest logit: float kernels sum in another order
-AGREEMENT = 0.99
 LEDGER = ".ledger.jsonl"
-FILES: dict[str, Role] = {
-    "model.safetensors": "weights",
-    "masks.safetensors": "masks",
-    "model.onnx": "onnx",
-    "model.int8.onnx": "onnx-int8",
-    "evidence/samples.csv": "evidence",
-    "evidence/adversarial.safetensors": "evidence",
-}
+EVIDENCE: dict[str, Role] = dict.fromkeys(("evidence/samples.csv", "evidence/adversarial.safetensors"), "evidence")
 CONSTANT = (
     "The model predicts one class for every sample: it has learned nothing, and its certificates are trivially true."
 )
@@ -76,7 +70,7 @@ LIMITATIONS = [
     "Accuracies hold for the named test samples; the intervals cover sampling of those, not a shift of the data.",
     "Claims on model.int8.onnx hold on x86 CPUs without VNNI only with ONNX Runtime's session option "
     "session.x64quantprecision=1: their int8 kernels saturate otherwise.",
-    "ONNX Runtime's dense kernels do not run faster on unstructured zeros.",
+    "ONNX Runtime's dense kernels do not run faster on unstructured zeros; the C form (--format c) does.",
     "This report is self-attested: 'rprune verify' re-checks it.",
 ]
 
@@ -106,10 +100,14 @@ def export(
     """
     started = time.monotonic()
     attacks = bench.suite(stage.suite)
-    model, twin = networks(artifact)
-    fidelity = write_models(artifact, model, twin, bench, out)
+    if stage.compact:
+        artifact = compacted(bench, artifact)
+    deployed = Deployed.of(artifact)
+    model, twin = deployed.model, deployed.twin
+    fidelity = write_models(deployed, stage.formats, bench, out)
     stored = {name: stored_weights(out / name) for name in ("model.onnx", "model.int8.onnx") if (out / name).exists()}
-    sparsity = _sparsity(artifact.metadata, list(prunable(model)), stored)
+    integers = None if deployed.quantization is None else _integers(deployed.quantization)
+    sparsity = _sparsity(artifact.metadata, list(prunable(model)), stored, exact=integers is None or integers.bits >= 8)
     shipped: dict[Role, str] = {"onnx": "model.onnx"}
     if twin is not None:
         shipped["onnx-int8"] = "model.int8.onnx"
@@ -127,8 +125,15 @@ def export(
     certified = None if certificates is None else _certified(certificates)
     write_evidence(out / "evidence", result, bench.data.shape, certified)
     seconds = round(time.monotonic() - started, 3)
-    parameters = sum(p.numel() for p in model.parameters())
-    report = _report(bench, artifact, parameters, stage, out, source, sparsity, fidelity, claims, result, seconds)
+    facts = {
+        "sparsity": sparsity,
+        "integers": integers,
+        "footprint": _footprint(deployed, stored[deployed.main], bench, out),
+        "speed": _speed(out, stage, bench),
+        "fidelity": fidelity,
+        "claims": claims,
+    }
+    report = _report(bench, artifact, count_parameters(model), stage, out, source, facts, result, seconds)
     if source.policy is not None:
         report = report.model_copy(update={"gate": judge(report, source.policy)})
     report = report.sealed()
@@ -139,78 +144,13 @@ def export(
     return report
 
 
-def write_models(
-    artifact: Artifact, model: nn.Module, twin: fx.GraphModule | None, bench: Bench, out: Path
-) -> list[Fidelity]:
-    """Write the model files and compare each, as read back, with its source."""
-    save_tensors(out / "model.safetensors", artifact.state)
-    if artifact.masks:
-        save_tensors(out / "masks.safetensors", artifact.masks)
-    for name, source in (("model.safetensors", artifact.state), ("masks.safetensors", artifact.masks)):
-        read = load_file(out / name) if source else {}
-        if set(read) != set(source) or not all(torch.equal(read[key], source[key]) for key in source):
-            raise WorkError(f"{name} does not hold what was written", "check the disk and export again")
-    x = torch.cat([batch.x.cpu() for batch in loader(bench.data.test, torch.device("cpu")).ordered(128, CHECK_SAMPLES)])
-    generator = torch.Generator().manual_seed(0)
-    # noise reaches other activations; smoothing feeds pixels outside [0,1]
-    noise = torch.rand(x.shape, generator=generator), x + 0.25 * torch.randn(x.shape, generator=generator)
-    x = torch.cat([x, *noise])
-    classes = len(bench.data.classes)
-    _save_onnx(float_model(artifact.model(), bench.data.shape), artifact, out / "model.onnx")
-    fidelity = [_compare(model.cpu(), out / "model.onnx", x, "float model")]
-    if twin is not None:
-        _save_onnx(qdq_model(twin, bench.data.shape, classes), artifact, out / "model.int8.onnx")
-        fidelity.append(_compare(twin, out / "model.int8.onnx", x, "8-bit simulation"))
-        fidelity.append(_compare(model, out / "model.int8.onnx", x[: len(x) // 3], "float model", tolerance=None))
-    return fidelity
+def _sparsity(
+    metadata: Metadata, names: Sequence[str], stored: Mapping[str, Mapping[str, NDArray[Any]]], exact: bool
+) -> Sparsity:
+    """Counted in the files; an error when they do not hold exactly the mask's weights.
 
-
-def _save_onnx(model: onnx.ModelProto, artifact: Artifact, path: Path) -> None:
-    metadata = artifact.metadata
-    stamp(
-        model,
-        {
-            "rprune.version": rprune.__version__,
-            "rprune.labels": "\n".join(metadata.data.classes),
-            "rprune.input_range": "0..1",
-            "rprune.normalisation": "in-graph",
-            "rprune.tensors_sha256": artifact.digest,
-        },
-    )
-    onnx.checker.check_model(model, full_check=True)
-    with atomic(path) as temporary:
-        temporary.write_bytes(model.SerializeToString())
-
-
-def _compare(
-    source: nn.Module, path: Path, x: Float[Tensor, "n c h w"], name: str, tolerance: float | None = TOLERANCE
-) -> Fidelity:
-    """Logits of a file beside those of its source; with a tolerance, disagreement is an error."""
-    with torch.no_grad():
-        wanted = torch.cat([source(part) for part in torch.split(x, 128)]).numpy()
-    got = OnnxClassifier(path).logits(x.numpy())
-    difference = float(np.abs(wanted - got).max())
-    agreement = float((wanted.argmax(1) == got.argmax(1)).mean())
-    if tolerance is not None and (
-        difference > tolerance * max(1.0, float(np.abs(wanted).max())) or agreement < AGREEMENT
-    ):
-        raise WorkError(
-            f"{path.name} disagrees with the {name}: by {difference:.3g}, same label on {agreement:.1%}",
-            "ONNX Runtime on this CPU computes something else; please report it with 'rprune --version'",
-        )
-    bit_equal = bool(np.array_equal(wanted, got))
-    return Fidelity(
-        source=name,
-        file=path.name,
-        n=len(x),
-        top1_agreement=agreement,
-        max_abs_logit_diff=difference,
-        bit_equal=bit_equal,
-    )
-
-
-def _sparsity(metadata: Metadata, names: Sequence[str], stored: Mapping[str, Mapping[str, NDArray[Any]]]) -> Sparsity:
-    """Counted in the files; an error when they do not hold exactly the mask's weights."""
+    Integers of fewer than 8 bits need not be ``exact``: a weight may round to zero, but no zero to a weight.
+    """
     for file, table in stored.items():
         missing = [name for name in names if name not in table]
         if missing:
@@ -226,13 +166,14 @@ def _sparsity(metadata: Metadata, names: Sequence[str], stored: Mapping[str, Map
     kept = sum(entry.nonzero for entry in layers)
     total = sum(int(np.prod(entry.shape)) for entry in layers)
     budget = metadata.budget
-    if budget is not None and kept != budget:
+    if budget is not None and (kept > budget or (exact and kept != budget)):
         raise WorkError(f"{measured} holds {kept} non-zero weights, the budget is {budget}", "please report this")
     same = None
     if "model.int8.onnx" in stored:
         floats, integers = stored["model.onnx"], stored["model.int8.onnx"]
         same = all(np.array_equal(floats[name] == 0, integers[name] == 0) for name in names)
-        if not same:
+        kept_zeros = all(not integers[name][floats[name] == 0].any() for name in names)
+        if not (same if exact else kept_zeros):
             raise WorkError("the int8 file has other zeros than the float file", "please report this")
     return Sparsity(
         target=metadata.sparsity,
@@ -246,6 +187,45 @@ def _sparsity(metadata: Metadata, names: Sequence[str], stored: Mapping[str, Map
         int8_zeros_equal_float_zeros=same,
         by_layer=layers,
     )
+
+
+def _integers(quantization: Quantization) -> Integers:
+    found = exactness(quantization)
+    pairs = sum(saturating_pairs(quantization).values())
+    return Integers(bits=quantization.bits, largest=found.largest, exact=found.proved, saturating_pairs=pairs)
+
+
+def _footprint(deployed: Deployed, weights: Mapping[str, NDArray[Any]], bench: Bench, out: Path) -> Footprint:
+    """What the main file's network takes, beside the dense one that it was made from."""
+    metadata, found = deployed.artifact.metadata, deployed.quantization
+    network = deployed.network or deployed.model
+    places = positions(deployed.model, bench.data.shape)
+    total = sum(array.size for array in weights.values())
+    dense = metadata.dense_total or total
+    here = count_parameters(deployed.model)
+    shrunk = [entry.metrics["parameters"]["before"] for entry in metadata.lineage if entry.stage == "shrink"]
+    macs = [entry.metrics["macs"]["before"] for entry in metadata.lineage if entry.stage == "shrink"]
+    side = {"biases, norms": count_parameters(network) - total}
+    if found is not None:
+        side = {
+            "biases": sum(bias.numel() for bias in found.biases.values()),
+            "weight scales": sum(scale.numel() for scale in found.weight_scales.values()),
+            "activation scales": 2 * len(found.activations),
+        }
+    made = footprint(
+        weights, places, side=side, dense_weights=dense, dense_parameters=shrunk[0] if shrunk else here,
+        dense_macs=macs[0] if macs else sum(array.size * places[name] for name, array in weights.items()),
+        files={name: (out / name).stat().st_size for name in FILES if (out / name).exists()},
+    )  # fmt: skip
+    return Footprint.model_validate(asdict(made))
+
+
+def _speed(out: Path, stage: ExportStage, bench: Bench) -> list[Latency]:
+    if not stage.bench:
+        return []
+    files = [out / name for name in FILES if (out / name).exists() and name.endswith((".onnx", ".c"))]
+    rows = latencies(files, on_progress=lambda done, total: bench.reporter.progress("speed", done, None, total))
+    return [Latency.model_validate(asdict(row)) for row in rows]
 
 
 def _attack(
@@ -296,7 +276,7 @@ def _certified(certificates: Certificates) -> dict[int, bool]:
 def _subjects(out: Path) -> list[Subject]:
     return [
         Subject(name=name, role=role, sha256=file_digest(out / name), bytes=(out / name).stat().st_size)
-        for name, role in FILES.items()
+        for name, role in (FILES | EVIDENCE).items()
         if (out / name).exists()
     ]
 
@@ -308,9 +288,7 @@ def _report(
     stage: ExportStage,
     out: Path,
     source: Source,
-    sparsity: Sparsity,
-    fidelity: list[Fidelity],
-    claims: list[Claim],
+    facts: Mapping[str, Any],
     result: Robustness,
     seconds: float,
 ) -> Report:
@@ -324,7 +302,7 @@ def _report(
         seconds=seconds,
     )
     subjects = _subjects(out)
-    size = {subject.name: subject.bytes for subject in subjects if subject.role in ("onnx", "onnx-int8", "weights")}
+    size = {subject.name: subject.bytes for subject in subjects if subject.role not in ("masks", "evidence")}
     return Report(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         name=source.name,
@@ -351,10 +329,8 @@ def _report(
         recipe_sha256=digest_of(source.recipe),
         policy_sha256=None if source.policy is None else source.policy.sha256,
         lineage=[*metadata.lineage, entry],
-        sparsity=sparsity,
+        **facts,
         size={"dense_float32_weights": 4 * parameters, **size},
-        fidelity=fidelity,
-        claims=claims,
         evidence=Evidence(witness_count=len(result.broken_ids)),
         environment=environment(str(bench.device)),
         limitations=LIMITATIONS,

@@ -77,11 +77,17 @@ class TrainStage(Trained):
 
 
 class PruneStage(Trained):
-    """Pruning. Epochs and lr come from the method (20 and 0.1 for HYDRA and HARP) unless given."""
+    """Pruning to a budget: ``sparsity`` of the weights, or a share of the ``macs`` of the dense conv and linear layers.
+
+    Epochs and lr come from the method (20 and 0.1 for HYDRA and HARP) unless given.
+    """
 
     kind: Literal["prune"] = "prune"
     method: Spec = "harp"
-    sparsity: Annotated[float, Field(ge=0, lt=1, description="0.99 removes 99 % of the conv and linear weights")]
+    sparsity: Annotated[
+        float | None, Field(ge=0, lt=1, description="0.99 removes 99 % of the conv and linear weights")
+    ] = None
+    macs: Annotated[float | None, Field(gt=0, le=1, description="0.05 keeps weights that cost 5 % of the MACs")] = None
     floor: Annotated[float, Field(gt=0, description="weights that a layer keeps at least, or below 1 their share")] = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -89,6 +95,15 @@ class PruneStage(Trained):
     objective: Spec | None = None  # None: as the model was trained
     epochs: Annotated[int, Field(ge=0)] | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_budget(self) -> PruneStage:
+        if (self.sparsity is None) == (self.macs is None):
+            raise UsageError(
+                f"pruning needs {'one of sparsity and macs' if self.macs is None else 'sparsity or macs, not both'}",
+                "sparsity 0.99 removes 99 % of the weights, macs 0.05 keeps weights that cost 5 % of the MACs",
+            )
+        return self
 
 
 class FinetuneStage(Trained):
@@ -109,10 +124,44 @@ class ShrinkStage(Section):
     kind: Literal["shrink"] = "shrink"
 
 
-class QuantizeStage(Section):
+class QuantizeStage(Trained):
+    """Integers in place of floats (ptq; qat trains with them first), or few weight values (codebook).
+
+    ``observer`` None: minmax from 8 bits on, mse below; ``bias_correction`` None: below 8 bits. qat trains ``epochs``
+    at ``lr``, the learning rate of fine-tuning.
+    """
+
     kind: Literal["quantize"] = "quantize"
-    bits: Literal[8] = 8
+    mode: Literal["ptq", "qat", "codebook"] = "ptq"
+    bits: Annotated[int, Field(ge=2, le=12, description="8 is deployed; more can only be simulated")] = 8
+    observer: Literal["minmax", "percentile", "mse"] | None = None
+    percentile: Annotated[float, Field(gt=50, le=100, description="per cent of the values that stay")] = 99.99
     calibration: Positive = 512  # training images whose ranges set the scales
+    portable: bool = False  # no filter saturates on a CPU without VNNI
+    compact: bool = True  # remove channels that do nothing first, so that no form holds them
+    bias_correction: bool | None = None
+    objective: Spec | None = None
+    epochs: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _fits_mode(self) -> QuantizeStage:
+        """Options that would do nothing are refused."""
+        calibrated = {"observer", "percentile", "calibration", "portable"}
+        modes = {
+            "ptq": calibrated | {"bias_correction"},
+            "qat": calibrated | {"objective", "epochs", "lr"} | set(Trained.model_fields),
+            "codebook": set[str](),
+        }
+        used = modes[self.mode] | {"kind", "mode", "bits", "compact"}
+        for name, field in type(self).model_fields.items():
+            if name not in used and getattr(self, name) != field.default:
+                others = ", ".join(mode for mode, names in modes.items() if name in names)
+                raise UsageError(f"{name} has no effect in mode {self.mode}", f"it belongs to {others}")
+        if self.bits > 8 and (self.mode == "codebook" or self.portable):
+            what = "a codebook" if self.mode == "codebook" else "portable"
+            raise UsageError(f"{what} needs at most 8 bits", "a byte names its levels, and an int8 file its weights")
+        return self
 
 
 class CertifyStage(Section):
@@ -133,6 +182,9 @@ class ExportStage(Section):
     """Files, checks, and the claims measured on them."""
 
     kind: Literal["export"] = "export"
+    formats: tuple[str, ...] = ("safetensors", "onnx", "onnx-int8", "onnx-compact", "packed")
+    compact: bool = True  # remove channels that do nothing first; integers say themselves whether that was done
+    bench: bool = False  # measure latencies, too
     suite: str = "aa-lite"
     health: bool = True  # check the attack itself; without, a gate does not accept robust accuracy
     limit: Positive | None = None

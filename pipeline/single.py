@@ -8,12 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rprune.attacks.suites import with_transfer
-from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
-from rprune.evaluation.robustness import robustness
 from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite, remove_result
 from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact
@@ -21,7 +16,6 @@ from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, Section
 from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_stage
-from rprune.pipeline.targets import of_artifact
 from rprune.threat import ThreatModel
 
 
@@ -137,26 +131,6 @@ def run_single(
     save_artifact(made, output)
     shutil.rmtree(partial)
     return made
-
-
-def measure(
-    bench: Bench, artifact: Artifact, split: str, suite_name: str | None, limit: int | None
-) -> list[dict[str, Any]]:
-    """Counts of clean and, with a suite, robust accuracy for the float form and, where there is one, the 8-bit form."""
-    attacks = () if suite_name is None else bench.suite(suite_name)
-    rows = []
-    for form, target in of_artifact(artifact, bench.device).items():
-        data = loader(bench.data.split(split), bench.device if form == "float" else torch.device("cpu"))
-        found = robustness(
-            target, data, bench.threat, with_transfer(attacks) if target.parents else attacks, seed=bench.seed,
-            limit=limit, grid=False,
-            on_progress=lambda name, *counts, on=form: bench.reporter.progress(f"{name} on {on}", *counts),
-        )  # fmt: skip
-        rows.append({"metric": "clean_accuracy", "form": form, "correct": found.clean.correct, "n": found.clean.n})
-        if attacks:
-            robust = {"metric": "robust_accuracy", "form": form, "correct": found.correct, "n": found.clean.n}
-            rows.append(robust | {"suite": suite_name})
-    return rows
 
 
 def certificates_beside(model: Path) -> Path:

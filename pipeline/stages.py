@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from rprune.attacks.base import Attack
 from rprune.attacks.noise import Stream
-from rprune.attacks.pgd import PGD
 from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Batch, Loader, loader
 from rprune.errors import InputError, WorkError
@@ -23,7 +22,7 @@ from rprune.evaluation.certificates import certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
 from rprune.evaluation.target import Target
 from rprune.export.compact import compact
-from rprune.models.cost import macs, parameters
+from rprune.models.cost import count_macs, macs, parameters, positions
 from rprune.models.flat import describe
 from rprune.models.graph import trace
 from rprune.models.prunable import prunable
@@ -33,6 +32,7 @@ from rprune.objectives.distillation import Distilled
 from rprune.pipeline.artifact import Artifact, Metadata, load_artifact
 from rprune.pipeline.bench import Bench, check_fits, progress_of
 from rprune.pipeline.environment import environment
+from rprune.pipeline.forms import Deployed, check_formats
 from rprune.pipeline.recipe import (
     CertifyStage,
     ExportStage,
@@ -46,10 +46,9 @@ from rprune.pipeline.recipe import (
     TrainStage,
 )
 from rprune.pruning.allocation import allocate, check_allocator
-from rprune.pruning.base import METHODS, Context, Fixed, Pruner
+from rprune.pruning.base import METHODS, Context, Fixed, Pruner, check_costs
 from rprune.pruning.budget import Budget
 from rprune.pruning.masks import Masks, count
-from rprune.quantization.ptq import Quantization, quantize, simulated
 from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
 from rprune.threat import ThreatModel
@@ -95,7 +94,9 @@ def run_stage(
     if isinstance(stage, ShrinkStage):
         return shrink(bench, source)
     assert isinstance(stage, QuantizeStage)
-    return quantize_8bit(bench, source, stage)
+    from rprune.pipeline.quantizing import quantize  # builds on this file
+
+    return quantize(bench, source, stage, state_file)
 
 
 def train(bench: Bench, arch: Architecture, stage: TrainStage, state_file: Path | None = None) -> Artifact:
@@ -115,13 +116,13 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
     model = source.model(bench.device)
     method = METHODS.build(stage.method)
-    sizes = {name: w.numel() for name, w in prunable(model).items()}
-    budget = Budget.of(sizes, stage.sparsity, stage.floor, stage.include, stage.exclude)
-    alive = sum(int(w.count_nonzero()) for w in prunable(model).values())
-    if alive < budget.kept:
+    budget = budget_of(stage, model, bench.data.shape)
+    alive = {name: int(w.count_nonzero()) for name, w in prunable(model).items()}
+    if budget.spent(alive) < budget.kept and not budget.met(alive):
+        unit = "non-zero weights" if stage.macs is None else "MACs"
         raise InputError(
-            f"the model has {alive} non-zero weights, sparsity {stage.sparsity} would keep {budget.kept}",
-            "it is pruned already; ask for a higher sparsity, or start from the dense model",
+            f"the model has {budget.spent(alive)} {unit} left, the budget is {budget.kept}",
+            "it is pruned already; ask for a smaller budget, or start from the dense model",
         )
     epochs = method.epochs if stage.epochs is None else stage.epochs
     lr = method.lr if stage.lr is None else stage.lr
@@ -141,18 +142,32 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
     pruner = method.bind(model, budget, context)
     found = _fit(bench, "prune", model, pruner, objective, stage, epochs, state_file, train_data)
     masks = pruner.finish()
-    kept = count(masks)
-    if pruner.exact and kept != budget.kept:
-        raise WorkError(f"{METHODS.name_of(method)} kept {kept} weights, the budget is {budget.kept}", "report this")
+    kept, total = count(masks), sum(budget.sizes.values())
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    if pruner.exact and not budget.met(counts):
+        spent = budget.spent(counts)
+        raise WorkError(f"{METHODS.name_of(method)} kept {spent}, the budget is {budget.kept}", "report this")
+    sparsity = 1 - kept / total if stage.sparsity is None else stage.sparsity
     metadata = _metadata("prune", source.metadata.arch, bench, objective).model_copy(
-        update={"sparsity": stage.sparsity, "budget": kept, "dense_total": source.metadata.dense_total}
+        update={"sparsity": sparsity, "budget": kept, "dense_total": source.metadata.dense_total}
     )
     artifact = Artifact(metadata, _state(model), {name: mask.cpu() for name, mask in masks.items()})
     resolved = stage.model_copy(update={"method": METHODS.describe(method), "epochs": epochs})
-    extra = {"kept": kept, "total": budget.total, "search": pruner.log()} | profile(before, masks, budget)
+    extra = {"kept": kept, "total": total, "search": pruner.log()} | profile(before, masks, budget)
     if found.history:
         extra["target_met"] = found.selected_epoch is not None  # else the search was off the budget in every epoch
     return _finished(artifact, bench, resolved, model, objective, found, started, source, extra)
+
+
+def budget_of(stage: PruneStage, model: nn.Module, shape: tuple[int, int, int]) -> Budget:
+    """Of weights, or of multiply-accumulates. Raises UsageError for one that cannot be met or that no method keeps."""
+    sizes = {name: w.numel() for name, w in prunable(model).items()}
+    if stage.macs is None:
+        assert stage.sparsity is not None
+        return Budget.of(sizes, stage.sparsity, stage.floor, stage.include, stage.exclude)
+    check_costs(METHODS.build(stage.method))
+    saved = 1 - Fraction(str(stage.macs))
+    return Budget.of(sizes, saved, stage.floor, stage.include, stage.exclude, positions(model, shape))
 
 
 def profile(before: Mapping[str, torch.Tensor], masks: Masks, budget: Budget) -> dict[str, Any]:
@@ -214,7 +229,7 @@ def shrink(bench: Bench, source: Artifact) -> Artifact:
     metrics: dict[str, Any] = {
         "kept": sum(int(weight.count_nonzero()) for weight in weights.values()),
         "total": sum(weight.numel() for weight in weights.values()),
-        "macs": {"before": macs(trace(model, shape)), "after": macs(network)},
+        "macs": {"before": macs(trace(model, shape))} | count_macs(network, shape),
         "parameters": {"before": parameters(model), "after": parameters(network)},
         "validation": _scores(
             bench, artifact.model(bench.device), _objective(source.metadata.objective, bench).attack_used
@@ -223,31 +238,16 @@ def shrink(bench: Bench, source: Artifact) -> Artifact:
     return _stamped(artifact, "shrink", {"kind": "shrink"}, source, time.monotonic() - started, metrics)
 
 
-def quantize_8bit(bench: Bench, source: Artifact, stage: QuantizeStage) -> Artifact:
-    """The 8-bit form beside the float weights. Raises InputError for layers that have no 8-bit form."""
-    started = time.monotonic()
-    network = trace(source.model(), bench.data.shape)
-    # a fixed random choice: data on disk may be sorted by class
-    order = np.random.RandomState(0).permutation(len(bench.data.train))[: stage.calibration]
-    chosen = loader(bench.data.train.select(np.sort(order).astype(np.int64)), torch.device("cpu"))
-    batches = [batch.x for batch in chosen.ordered(128)]
-    found = quantize(network, batches)
-    changes = {"stage": "quantize", "data": bench.record(), "environment": environment(str(bench.device))}
-    artifact = Artifact(source.metadata.model_copy(update=changes), source.state, source.masks, found.tensors())
-    twin = simulated(network, found)
-    metrics: dict[str, Any] = {"kept": sum(int(w.count_nonzero()) for w in found.weights.values())}
-    metrics["validation"] = _scores(bench, twin, PGD())
-    config = stage.model_dump(mode="json")
-    return _stamped(artifact, "quantize", config, source, time.monotonic() - started, metrics)
-
-
-def networks(artifact: Artifact) -> tuple[nn.Module, fx.GraphModule | None]:
-    """(float model, 8-bit simulation if the artifact has one), both on the CPU in eval mode."""
-    model = artifact.model()
-    if not artifact.quantization:
-        return model, None
-    network = trace(model, artifact.metadata.arch.input_shape)
-    return model, simulated(network, Quantization.from_tensors(artifact.quantization))
+def compacted(bench: Bench, source: Artifact) -> Artifact:
+    """The shrunk artifact where there are channels to remove; else, and with integers, which a network has, itself."""
+    if source.quantization:
+        return source
+    model, shape = source.model(), source.metadata.arch.input_shape
+    try:
+        removable = parameters(compact(model, shape)) < parameters(trace(model, shape))
+    except InputError:  # it cannot be traced, and ships as it is
+        return source
+    return shrink(bench, source) if removable else source
 
 
 Certificates = dict[str, Any]
@@ -258,7 +258,8 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates
     """Bounds for the 8-bit network when there is one, else for the float network."""
     started = time.monotonic()
     threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
-    model, twin = networks(source)
+    deployed = Deployed.of(source)
+    model, twin = deployed.model, deployed.twin
     found: Certificates = {
         "artifact": source.digest,
         "form": "onnx" if twin is None else "onnx-int8",
@@ -389,6 +390,8 @@ def _finished(
 ) -> Artifact:
     metrics: dict[str, Any] = {"selected_epoch": found.selected_epoch} if found.selected_epoch else {}
     metrics |= dict(extra or {})
+    if artifact.masks:
+        metrics["macs"] = count_macs(model, artifact.metadata.arch.input_shape)
     metrics["validation"] = _scores(bench, model, objective.attack_used)
     config = stage.model_dump(mode="json") | {"objective": OBJECTIVES.describe(objective)}
     history = [{"epoch": float(log.epoch)} | log.values for log in found.history]
@@ -422,10 +425,9 @@ def _stamped(
 
 def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None:
     """Raises for a misspelt name, an architecture that cannot be built, a budget that cannot be met; runs nothing."""
-    sizes: dict[str, int] = {}
-    if arch is not None and isinstance(stage, TrainStage | PruneStage):
+    if arch is not None and isinstance(stage, TrainStage):
         with torch.device("meta"):
-            sizes = {name: weight.numel() for name, weight in prunable(build(arch)).items()}
+            build(arch)
     objective: Any = getattr(stage, "objective", None)
     if objective is not None:
         _objective(objective, bench)
@@ -436,8 +438,11 @@ def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None
         allocation = getattr(METHODS.build(stage.method), "allocation", None)
         if isinstance(allocation, str):
             check_allocator(allocation)
-        Budget.of(sizes, stage.sparsity, stage.floor, stage.include, stage.exclude)
+        assert arch is not None
+        with torch.device("meta" if stage.macs is None else "cpu"):
+            budget_of(stage, build(arch), bench.data.shape)
     if isinstance(stage, ExportStage):
+        check_formats(stage.formats)
         bench.suite(stage.suite)
     if arch is not None and (
         isinstance(stage, QuantizeStage | ShrinkStage) or (isinstance(stage, CertifyStage) and "ibp" in stage.methods)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rprune.errors import InputError
 from rprune.evaluation.target import Target, steady
+from rprune.export.c.engine import CClassifier
 from rprune.export.compact import compact
-from rprune.export.session import OnnxClassifier, stored_weights
+from rprune.export.session import OnnxClassifier
 from rprune.export.twin import onnx_twin
 from rprune.pipeline.artifact import Artifact
-from rprune.pipeline.stages import networks
+from rprune.pipeline.forms import Deployed
 
 CPU = torch.device("cpu")
+PROBES = 32  # random images on which a file beside has to answer alike
+ALIKE = 1e-3
 
 
-class OnnxNet(nn.Module):
-    """An ONNX file as a net without gradients: ONNX Runtime computes the logits."""
+class FileNet(nn.Module):
+    """A file as a net without gradients: ONNX Runtime, or its compiled C source, computes the logits."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.session = OnnxClassifier(path)
+        self.session = CClassifier(path) if path.suffix == ".c" else OnnxClassifier(path)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.session.logits(x.detach().cpu().numpy())).to(x.device)
@@ -44,7 +48,8 @@ def search_net(
 
 def of_artifact(artifact: Artifact, device: torch.device, compiled: bool = False) -> dict[str, Target]:
     """The float form and, where there is one, the 8-bit form of an artifact; the simulation is exact on a CPU alone."""
-    model, twin = networks(artifact)
+    deployed = Deployed.of(artifact)
+    model, twin = deployed.model, deployed.twin
     shape = artifact.metadata.arch.input_shape
     guide = search_net(model, shape, device, compiled)
     found = {"float": Target.of(model.to(device), guide)}
@@ -58,25 +63,42 @@ def of_export(
 ) -> Target:
     """A file of a bundle: ONNX Runtime over it, guided by what it was made from."""
     if twin is not None:
-        return Target.of(OnnxNet(path), twin, (search_net(model, shape, CPU),))
-    return Target.of(OnnxNet(path), search_net(model, shape, device))
+        return Target.of(FileNet(path), twin, (search_net(model, shape, CPU),))
+    return Target.of(FileNet(path), search_net(model, shape, device))
 
 
-def of_onnx(path: Path, parents: tuple[Path, ...] = (), compiled: bool = False) -> tuple[Target, str | None]:
-    """Any ONNX classifier, guided by a differentiable net read from the same file; parents are ONNX files too.
+def sources_of(path: Path) -> tuple[Path | None, str | None]:
+    """The ONNX file that tells a file's gradients, itself or, of C, the one beside it that answers alike; or why none.
+
+    Raises InputError when the file cannot be used at all.
+    """
+    if path.suffix == ".onnx":
+        return path, None
+    classifier = CClassifier(path)
+    x = np.random.RandomState(0).random_sample((PROBES, *classifier.input_shape)).astype(np.float32)
+    wanted = classifier.logits(x)
+    for beside in (path.with_name("model.int8.onnx"), path.with_name("model.onnx")):
+        try:
+            got = OnnxClassifier(beside).logits(x)
+        except Exception:  # not there, or not of this model: ONNX Runtime's errors share no base
+            continue
+        if got.shape == wanted.shape and np.abs(got - wanted).max() <= ALIKE * max(1.0, float(np.abs(wanted).max())):
+            return beside, None
+    return None, f"no ONNX file of the same model lies beside {path.name}"
+
+
+def of_file(
+    path: Path, guide: Path | None, parents: tuple[Path, ...] = (), compiled: bool = False
+) -> tuple[Target, str | None]:
+    """An ONNX or C classifier, guided by a differentiable net read from the ONNX file ``guide``; parents are ONNX, too.
 
     Returns the target, and why there is no such net where there is none: it is then attacked without gradients.
     """
     why = None
     search: nn.Module | None = None
     try:
-        search = onnx_twin(path).requires_grad_(False)
-        search = torch.compile(search) if compiled else search  # type: ignore[assignment]
+        search = None if guide is None else onnx_twin(guide).requires_grad_(False)
+        search = torch.compile(search) if compiled and search is not None else search  # type: ignore[assignment]
     except InputError as error:
         why = error.message
-    return Target.of(OnnxNet(path), search, tuple(onnx_twin(parent).requires_grad_(False) for parent in parents)), why
-
-
-def is_quantized(path: Path) -> bool:
-    """Whether an ONNX file stores weights in 8 bits."""
-    return any(array.dtype.name in ("int8", "uint8") for array in stored_weights(path).values())
+    return Target.of(FileNet(path), search, tuple(onnx_twin(parent).requires_grad_(False) for parent in parents)), why

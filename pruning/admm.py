@@ -173,3 +173,6 @@ class RobustADMM(Method):
             else Channels(model, budget, context, self.resource, self.structure)
         )
         return StructuredAdmmPruner(model, parts, self.allocation, *settings)
+
+    def takes_costs(self) -> bool:
+        return self.structure == "weight"

@@ -42,12 +42,16 @@ def igq(weights: Mapping[str, Tensor], budget: Budget) -> Counts:  # noqa: ARG00
 
     Never above 1 and smooth in n.
     """
+
+    def exceeds(f: float) -> bool:
+        return sum(count * budget.cost(name) for name, count in _igq_counts(f, budget).items()) > budget.kept
+
     low, high = 0.0, 1.0  # f; the total falls as f grows
-    while sum(_igq_counts(high, budget).values()) > budget.kept:
+    while exceeds(high):
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(_igq_counts(middle, budget).values()) > budget.kept else (low, middle)
+        low, high = (middle, high) if exceeds(middle) else (low, middle)
     return apportion(_igq_counts(high, budget), budget)
 
 
@@ -61,20 +65,19 @@ def uniform_plus(weights: Mapping[str, Tensor], budget: Budget) -> Counts:
     Where the budget cannot hold that, the shares of those two layers give way first.
     """
     first, last = next(iter(weights)), list(weights)[-1]
-    rest = sum(budget.least[name] for name in weights if name not in (first, last))
-    spare = budget.kept - rest
+    spare = budget.kept - budget.spent({name: budget.least[name] for name in weights if name not in (first, last)})
     held = {first: budget.sizes[first], last: math.ceil(0.2 * budget.sizes[last])} if len(weights) > 1 else {}
-    scale = min(1.0, spare / max(1, sum(held.values())))
+    scale = min(1.0, spare / max(1, budget.spent(held)))
     even = uniform(weights, budget)
     held = {name: max(even[name], budget.least[name], math.floor(scale * n)) for name, n in held.items()}
-    if sum(held.values()) > spare:  # the even share of the two is within the budget always
+    if budget.spent(held) > spare:  # the even share of the two is within the budget always
         return even
     inner = {name: n for name, n in budget.sizes.items() if name not in held}
-    if not inner:
-        return apportion({name: float(n) for name, n in held.items()}, budget)
-    left = Budget(inner, budget.kept - sum(held.values()), budget.floor, budget.dense & frozenset(inner))
-    counts = held | uniform({name: weights[name] for name in inner}, left)
-    return {name: counts[name] for name in weights}
+    counts = dict(held)
+    if inner:
+        left = min(budget.kept - budget.spent(held), budget.spent(inner))
+        counts |= uniform({name: weights[name] for name in inner}, budget.inside(inner, left))
+    return apportion({name: float(counts[name]) for name in weights}, budget)  # what is left over, too
 
 
 def lamp_scores(weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
@@ -91,15 +94,24 @@ def lamp_scores(weight: Float[Tensor, ...]) -> Float[Tensor, ...]:
 
 
 def global_top(scores: Mapping[str, Tensor], budget: Budget) -> Counts:
-    """How many of the ``kept`` largest scores lie in each layer, each layer's best ``floor`` taken first."""
+    """How many of the ``kept`` largest scores lie in each layer, each layer's best ``floor`` taken first.
+
+    Where weights cost unequally, each is taken in its turn unless it costs more than what is left.
+    """
     raised = []
     for name, score in scores.items():
         flat = score.detach().double().flatten().clone()
         flat[flat.topk(budget.least[name]).indices] = torch.inf
         raised.append(flat)
     owner = torch.repeat_interleave(torch.arange(len(raised)), torch.tensor([flat.numel() for flat in raised]))
-    order = torch.cat(raised).cpu().sort(descending=True, stable=True).indices[: budget.kept]
-    counts = torch.bincount(owner[order], minlength=len(raised))
+    rest = owner[torch.cat(raised).cpu().sort(descending=True, stable=True).indices]
+    costs = torch.tensor([budget.cost(name) for name in scores])
+    counts, left = torch.zeros(len(raised), dtype=torch.int64), budget.kept
+    while len(rest := rest[costs[rest] <= left]):  # a round ends at a weight that does not fit
+        taken = rest[: int(torch.searchsorted(costs[rest].cumsum(0), left, right=True))]
+        counts += torch.bincount(taken, minlength=len(raised))
+        left -= int(costs[taken].sum())
+        rest = rest[len(taken) :]
     return dict(zip(scores, counts.tolist(), strict=True))
 
 

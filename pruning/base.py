@@ -42,7 +42,7 @@ class Context:
 
     ``batches()`` goes once over the training data, shuffled by ``seed``, without augmentation; ``loss(net, batch)`` is
     the stage's training objective there. Both serve methods that score before they train (SNIP, MAD).
-    ``input_shape`` (c, h, w) serves those that follow the forward pass (structured pruning).
+    ``input_shape`` (c, h, w) serves those that follow the forward pass (structured pruning, HARP's ``macs_weight``).
     """
 
     epochs: int = 0
@@ -60,6 +60,12 @@ class Context:
             raise UsageError("this method scores weights on training data", "bind it with a Context that has batches")
         return self.batches()
 
+    def shape(self) -> tuple[int, int, int]:
+        """:attr:`input_shape`, where there is one. Raises UsageError otherwise."""
+        if self.input_shape is None:
+            raise UsageError("this method follows the forward pass", "bind it with a Context's input_shape")
+        return self.input_shape
+
 
 class Pruner:
     """Base: nothing is pruned. Every hook has a default, so that dense training is this class itself.
@@ -71,7 +77,7 @@ class Pruner:
     radius: float = 0.0
     radius_from: int = 0
     exact: bool = True
-    """masks() keeps exactly ``budget.kept``; structured pruners keep at most that."""
+    """masks() meets the budget (``Budget.met``); structured pruners keep at most that."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -107,7 +113,7 @@ class Pruner:
         return True
 
     def masks(self) -> Masks:
-        """Exactly ``budget.kept`` entries are True where ``exact``, else at most; empty when nothing is pruned."""
+        """Entries that are True meet the budget where ``exact``, else cost at most that; empty: nothing is pruned."""
         return {}
 
     def finish(self) -> Masks:
@@ -236,5 +242,19 @@ class Method(Configured, ABC):
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
         """Start pruning ``model`` in place. When this returns, the model holds the weights that it runs with."""
 
+    def takes_costs(self) -> bool:
+        """Does it keep to a budget whose weights cost unequally (``Budget.costs``)?"""
+        return False
+
 
 METHODS: Registry[Method] = Registry("method", "rprune.pruning", lambda: Method)
+
+
+def check_costs(method: Method) -> None:
+    """Raises UsageError for a method, or options of one, that cannot keep to a budget of multiply-accumulates."""
+    if not method.takes_costs():
+        able = [name for name, cls in METHODS.all().items() if cls().takes_costs()]
+        raise UsageError(
+            f"{METHODS.name_of(method)} with these options has a budget of weights, not of multiply-accumulates",
+            f"use a sparsity, or single weights by {', '.join(able)}",
+        )

@@ -1,15 +1,15 @@
-"""How many weights may stay: exact integers, in all and for each layer."""
+"""How many weights may stay, or how many multiply-accumulates: exact integers, in all and for each layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
 
-from rprune.errors import UsageError, unknown_name
+from rprune.errors import InputError, UsageError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,47 @@ class Budget:
 
     ``sizes`` is tensor name -> number of weights, in the model's order. Tensors named in ``dense`` keep all their
     weights and count like any other. A ``floor`` below 1 is a share of the tensor's weights, rounded up.
+
+    ``costs`` is tensor name -> what one of its weights costs, 1 or more (multiply-accumulates, ``models.cost``). Where
+    it is given, ``kept``, ``total`` and ``density`` are in that unit: what stays costs at most ``kept``, and no weight
+    more would fit.
     """
 
     sizes: Mapping[str, int]
     kept: int
     floor: int | float = 1
     dense: frozenset[str] = field(default_factory=frozenset)
+    costs: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = sum(self.least.values())
+        if idle := [name for name in self.costs if self.costs[name] < 1]:
+            raise InputError(f"{idle[0]} does nothing in a forward pass", "use a budget of weights: a sparsity")
+        least = self.spent(self.least)
         if not least <= self.kept <= self.total:
             raise UsageError(
-                f"a budget of {self.kept} of {self.total} weights leaves a layer empty or below its floor: "
-                f"{len(self.sizes)} layers need at least {least}",
-                f"use a sparsity of at most {1 - least / self.total:.6f}",
+                f"a budget of {self.kept} of {self.total} {'MACs' if self.costs else 'weights'} leaves a layer empty "
+                f"or below its floor: {len(self.sizes)} layers need at least {least}",
+                f"use macs of at least {math.ceil(1e6 * least / self.total) / 1e6:.6f}"
+                if self.costs
+                else f"use a sparsity of at most {1 - least / self.total:.6f}",
             )
 
-    @property
+    @cached_property
     def total(self) -> int:
-        return sum(self.sizes.values())
+        return self.spent(self.sizes)
+
+    def cost(self, name: str) -> int:
+        """What one weight of a tensor costs."""
+        return self.costs.get(name, 1)
+
+    def spent(self, counts: Mapping[str, int]) -> int:
+        """What so many weights of each tensor cost."""
+        return sum(count * self.cost(name) for name, count in counts.items())
+
+    def met(self, counts: Mapping[str, int]) -> bool:
+        """So many weights fit, and one more of any tensor does not: exactly ``kept`` where all cost 1."""
+        room = self.kept - self.spent(counts)
+        return room >= 0 and all(room < self.cost(n) for n, size in self.sizes.items() if counts[n] < size)
 
     @cached_property
     def least(self) -> dict[str, int]:
@@ -46,19 +68,26 @@ class Budget:
 
     @property
     def density(self) -> float:
-        """Kept share of all prunable weights (a_t in HARP)."""
+        """Kept share of all prunable weights, or of what they cost (a_t in HARP)."""
         return self.kept / self.total
+
+    def inside(self, sizes: Mapping[str, int], kept: int) -> Budget:
+        """A budget of other numbers, for some or all of the tensors, by the same rules."""
+        return replace(self, sizes=sizes, kept=kept, dense=self.dense & frozenset(sizes))
 
     @classmethod
     def of(
         cls,
         sizes: Mapping[str, int],
-        sparsity: float,
+        sparsity: float | Fraction,
         floor: int | float = 1,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        costs: Mapping[str, int] | None = None,
     ) -> Budget:
         """The largest budget whose sparsity is not below the wanted one, in exact rational arithmetic.
+
+        With ``costs`` the sparsity is the share of these that is saved.
 
         ``include`` and ``exclude`` are globs over tensor names: what is excluded, or not included, stays dense. The
         sparsity is that of all tensors together all the same.
@@ -70,9 +99,10 @@ class Budget:
             raise UsageError(f"sparsity {sparsity} is not in [0, 1)", "0.99 removes 99 % of the weights")
         if not sizes:
             raise UsageError("the model has no conv or linear weight to prune", "check --arch")
-        total = sum(sizes.values())
+        costs = dict(costs or {})
+        total = sum(size * costs.get(name, 1) for name, size in sizes.items())
         kept = math.floor((1 - Fraction(str(sparsity))) * total)
-        return cls(dict(sizes), kept, floor, dense_layers(list(sizes), include, exclude))
+        return cls(dict(sizes), kept, floor, dense_layers(list(sizes), include, exclude), costs)
 
 
 def dense_layers(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
@@ -91,7 +121,7 @@ def _matches(name: str, glob: str) -> bool:
 def fill(shares: Mapping[str, float], budget: Budget) -> dict[str, float]:
     """Real-valued counts proportional to ``shares``, held between floor and size, that add up to the budget.
 
-    Water filling: counts are clip(t * share, floor, size) for the one t at which they sum to ``kept``. With shares as
+    Water filling: counts are clip(t * share, floor, size) for the one t at which they cost ``kept``. With shares as
     ERK defines them this is ERK's rule "cap a layer at dense and solve again".
     """
     assert set(shares) == set(budget.sizes)
@@ -104,24 +134,25 @@ def fill(shares: Mapping[str, float], budget: Budget) -> dict[str, float]:
     low, high = 0.0, max(size / shares[name] for name, size in budget.sizes.items())
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(counts(middle).values()) < budget.kept else (low, middle)
+        spent = sum(count * budget.cost(name) for name, count in counts(middle).items())
+        low, high = (middle, high) if spent < budget.kept else (low, middle)
     return counts(high)
 
 
 def apportion(shares: Mapping[str, float], budget: Budget) -> dict[str, int]:
-    """Integer counts by largest remainder from :func:`fill`; they sum to exactly ``budget.kept``."""
+    """Integer counts by largest remainder from :func:`fill`, which the budget is met with (``Budget.met``)."""
     wanted = fill(shares, budget)
     counts = {name: min(math.floor(value + 1e-9), budget.sizes[name]) for name, value in wanted.items()}
-    missing = budget.kept - sum(counts.values())
+    missing = budget.kept - budget.spent(counts)
     order = sorted(wanted, key=lambda name: counts[name] - wanted[name])  # largest remainder first; stable
-    while missing > 0:
-        for name in order:
-            if missing and counts[name] < budget.sizes[name]:
-                counts[name] += 1
-                missing -= 1
     while missing < 0:
         for name in reversed(order):
-            if missing and counts[name] > budget.least[name]:
+            if missing < 0 and counts[name] > budget.least[name]:
                 counts[name] -= 1
-                missing += 1
+                missing += budget.cost(name)
+    while not budget.met(counts):
+        for name in order:
+            if budget.cost(name) <= missing and counts[name] < budget.sizes[name]:
+                counts[name] += 1
+                missing -= budget.cost(name)
     return counts

@@ -74,3 +74,6 @@ class EdgePopup(Method):
         if self.scale_init:
             scale_to_density(model, counts)
         return ScoresAlone(model, counts, self.initial_scores, context.seed)
+
+    def takes_costs(self) -> bool:
+        return True

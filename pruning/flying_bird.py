@@ -52,3 +52,6 @@ class FlyingBird(Method):
         return Rewiring(
             model, random_masks(prunable(model), counts, context.seed), schedule, self.growth, False, context.seed
         )
+
+    def takes_costs(self) -> bool:
+        return True

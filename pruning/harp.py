@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -10,6 +11,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from rprune.errors import UsageError
+from rprune.models.cost import positions
 from rprune.models.prunable import prunable
 from rprune.pruning.allocation import allocate
 from rprune.pruning.base import METHODS, Context, Method, Pruner, straight_through
@@ -27,12 +30,30 @@ PAPER_EPOCHS = 20
 
 
 def hardware_loss(a: Float[Tensor, " l"], sizes: Float[Tensor, " l"], a_t: float) -> Float[Tensor, ""]:
-    """max(sum N a / (a_t sum N) - 1, 0) (HARP eq. 2 in the differentiable form of its code)."""
+    """max(sum N a / (a_t sum N) - 1, 0) (HARP eq. 2 in the differentiable form of its code).
+
+    N are weights, or what all weights of a layer cost where the budget weighs them (eq. 8 for multiply-accumulates).
+    """
     return ((sizes * a).sum() / (a_t * sizes.sum()) - 1).clamp_min(0)
 
 
+def macs_per_weight(
+    a: Float[Tensor, " l"], sizes: Float[Tensor, " l"], places: Float[Tensor, " l"]
+) -> Float[Tensor, ""]:
+    """(sum N P a / sum N a) / (sum N P / sum N): multiply-accumulates of a kept weight beside those of any weight.
+
+    P are the positions that a layer's weights are applied at (``models.cost``). 1 where all shares are equal. It does
+    not change when all shares grow by one factor, so it moves weights to cheaper layers and leaves their number alone.
+    """
+    kept = sizes * a
+    return (kept * places).sum() / kept.sum() * (sizes.sum() / (sizes * places).sum())
+
+
 class HarpPruner(Rated, ScorePruner):
-    """Scores s as in HYDRA, and one r a layer that sets its kept share a."""
+    """Scores s as in HYDRA, and one r a layer that sets its kept share a.
+
+    ``places``: positions by tensor name, for which ``macs_weight`` times :func:`macs_per_weight` joins the penalty.
+    """
 
     def __init__(
         self,
@@ -42,10 +63,14 @@ class HarpPruner(Rated, ScorePruner):
         gamma_step: float,
         initial: str = "scaled",
         seed: int = 0,
+        macs_weight: float = 0.0,
+        places: Mapping[str, int] | None = None,
     ) -> None:
-        self.budget = budget
+        self.budget, self.macs_weight = budget, macs_weight
         device = next(model.parameters()).device
-        self._sizes = torch.tensor(list(budget.sizes.values()), dtype=torch.float32, device=device)
+        sizes = [size * budget.cost(name) for name, size in budget.sizes.items()]
+        self._sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
+        self._places = torch.tensor([(places or {}).get(n, 1) for n in budget.sizes], device=device).to(self._sizes)
         self._dense = torch.tensor([name in budget.dense for name in budget.sizes], device=device)
         start = [a_init[name] for name in budget.sizes]
         super().__init__(model, start, budget.density, gamma_step, {}, initial, seed)
@@ -55,6 +80,10 @@ class HarpPruner(Rated, ScorePruner):
 
     def hardware_loss(self) -> Tensor:
         return hardware_loss(self.rates(), self._sizes, self.budget.density)
+
+    def penalty(self) -> Tensor:
+        pressure = self.macs_weight * macs_per_weight(self.rates(), self._sizes, self._places)
+        return self.gamma * (self.hardware_loss() + pressure)
 
     def counts(self) -> dict[str, int]:
         # a diverged run has NaN here; the loop reports it once the epoch is over
@@ -81,7 +110,7 @@ class HarpPruner(Rated, ScorePruner):
         return {name: top_mask(score.abs(), counts[name]) for name, score in self.scores.items()}
 
     def log(self) -> dict[str, float]:
-        return super().log() | {"kept_share": sum(self.counts().values()) / self.budget.total}
+        return super().log() | {"kept_share": self.budget.spent(self.counts()) / self.budget.total}
 
 
 @METHODS.register("harp")
@@ -95,7 +124,12 @@ class Harp(Method):
     would miss the target otherwise. The rates found are snapped to the exact budget, which the authors' code leaves
     open. ``structure`` filter or channel learns a score a channel and a rate for each group of tied channels, and
     ``resource`` says what sparsity is a share of (eq. 8 for FLOPs); there rates start at 1 and gamma_step is 0.02, as
-    in the paper. That is the flat end of the sigmoid: 0.9 meets the target sooner where epochs are few. Costs a
+    in the paper. That is the flat end of the sigmoid: 0.9 meets the target sooner where epochs are few.
+
+    A budget in MACs puts N_l P_l in the place of N_l in L_hw, P_l the positions that the layer's weights are applied
+    at. ``macs_weight`` (ours) keeps the budget of weights and presses for cheaper ones: gamma (L_hw + macs_weight M),
+    M = (sum a N P / sum a N) / (sum N P / sum N), the multiply-accumulates of a kept weight beside those of any. 0 is
+    the paper; at 1 a layer pays N_l (1 + (P_l - P) / P_dense) where it paid N_l, P the mean of kept weights. Costs a
     training step plus one selection a step.
     """
 
@@ -113,9 +147,12 @@ class Harp(Method):
     initial_scores: InitialScores = "scaled"
     structure: Structure = "weight"
     resource: Resource = "weights"
+    macs_weight: Annotated[float, Field(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
         check_structure(self.structure, self.resource, self.allocation)
+        if self.macs_weight and self.structure != "weight":
+            raise UsageError("macs_weight moves single weights", "use resource flops for whole channels")
 
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:
         if self.structure != "weight":
@@ -123,13 +160,20 @@ class Harp(Method):
             gamma_step = self.gamma_step or 2 * scaled_gamma_step(context)
             density = self.initial_density or 1.0
             return self.channel_pruner(model, channels, density, gamma_step, self.initial_scores, context.seed)
-        weights = prunable(model)
+        weights, places = prunable(model), None
+        if self.macs_weight:
+            assert not budget.costs, "takes_costs() says so"
+            places = positions(model, context.shape())
         kept = max(budget.kept, round((self.initial_density or 0.1) * budget.total))
-        start = Budget(budget.sizes, kept, budget.floor, budget.dense)
-        counts = allocate(self.allocation, weights, start)
+        counts = allocate(self.allocation, weights, budget.inside(budget.sizes, kept))
         a_init = {name: counts[name] / size for name, size in budget.sizes.items()}
         gamma_step = self.gamma_step or scaled_gamma_step(context)
-        return self.pruner(model, budget, a_init, gamma_step, self.initial_scores, context.seed)
+        return self.pruner(
+            model, budget, a_init, gamma_step, self.initial_scores, context.seed, self.macs_weight, places
+        )
+
+    def takes_costs(self) -> bool:
+        return self.structure == "weight" and not self.macs_weight
 
 
 def scaled_gamma_step(context: Context) -> float:

@@ -93,3 +93,6 @@ class Hydra(Method):
             return ChannelScores(model, channels, self.allocation, self.initial_scores, context.seed)
         counts = allocate(self.allocation, prunable(model), budget)
         return ScorePruner(model, counts, self.initial_scores, context.seed)
+
+    def takes_costs(self) -> bool:
+        return self.structure == "weight"

@@ -53,6 +53,9 @@ class LWM(Method):
         weights = prunable(model)
         return Fixed(model, largest(weights, allocate(self.allocation, weights, budget)))
 
+    def takes_costs(self) -> bool:
+        return self.structure == "weight"
+
 
 class Gradual(Moving):
     """A mask that loses the same share of its weights at every step, and keeps to it in between."""

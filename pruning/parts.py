@@ -54,11 +54,9 @@ class Parts(ABC):
 
     def __init__(self, model: nn.Module, budget: Budget, context: Context, resource: Resource) -> None:
         """Raises UsageError without an input shape, parts, or a set of them that fits; InputError for odd models."""
-        if context.input_shape is None:
-            raise UsageError("structured pruning follows the forward pass", "bind it with a Context's input_shape")
         self.resource, self.dense = resource, budget.dense
         self.weights = prunable(model)
-        network = trace(model, context.input_shape)
+        network = trace(model, context.shape())
         costs = layer_costs(network)
         if set(costs) != set(self.weights):
             odd = min(set(costs) ^ set(self.weights))

@@ -156,3 +156,6 @@ class RigL(Method):
         return Rewiring(
             model, random_masks(prunable(model), counts, context.seed), schedule, "gradient", True, context.seed
         )
+
+    def takes_costs(self) -> bool:
+        return True

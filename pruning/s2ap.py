@@ -47,3 +47,6 @@ class S2AP(Method):
         pruner = METHODS.build(self.host).bind(model, budget, context)
         pruner.radius, pruner.radius_from = self.gamma, self.warmup
         return pruner
+
+    def takes_costs(self) -> bool:
+        return METHODS.build(self.host).takes_costs()

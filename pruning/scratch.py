@@ -44,3 +44,6 @@ class Scratch(Method):
         if self.scale_init:
             scale_to_density(model, counts)
         return Fixed(model, random_masks(prunable(model), counts, context.seed))
+
+    def takes_costs(self) -> bool:
+        return True

@@ -80,3 +80,6 @@ class SNIP(Method):
             reinitialize(model, context.seed)
         counts = global_top(scores, budget)
         return Moving(model, {name: top_mask(score, counts[name]) for name, score in scores.items()})
+
+    def takes_costs(self) -> bool:
+        return True

@@ -112,6 +112,9 @@ class TwinRep(Method):
         at = min(at, max(0, context.epochs - 1))  # the last epoch has the mask
         return TwinPruner(model, budget, twins, at, self.allocation)
 
+    def takes_costs(self) -> bool:
+        return True
+
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in prunable(model).items()}

@@ -1,96 +1,181 @@
-"""Post-training quantization to 8 bits.
+"""Post-training quantization to b bits: 8 are deployed, 2 to 12 can be simulated.
 
-Weights: symmetric int8, one scale an output channel, zero stays exactly zero. Activations: uint8, one scale a tensor,
-from the range seen on calibration data. Pixels: scale 1/255, zero point 0: an 8-bit image is represented exactly.
+Weights: symmetric integers within +-(2^(b-1) - 1), one scale an output channel, zero stays exactly zero. Activations:
+0..2^b - 1, one scale a tensor, from what calibration data show. This is the uniform quantization of weights and
+activations of HYDRA's table 11. Pixels have scale 1/255 and zero point 0 whatever b is: an 8-bit image is represented
+exactly. All other scales are float16 numbers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from rprune.errors import WorkError
 from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, output_of
+from rprune.quantization.observers import observe, scale_of
 from rprune.quantization.simulate import LEVELS, QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, QOutput, Scale
+from rprune.quantization.weights import BIAS_LIMIT, Observer, full_scale, per_channel, portable_scale, stored
 
-WEIGHT_LEVELS = 127
-BIAS_LIMIT = 1 << 23  # keeps int32 biases and accumulators of dead channels far from overflow
+PIXELS = Scale(float(torch.tensor(1 / LEVELS, dtype=torch.float32)), 0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is brought to ``bits``, 2 to 12.
+
+    ``observer``: which range of the activations is covered (:func:`observers.scale_of`), and below 8 bits of the
+    weights. ``portable``: no filter can saturate on a CPU without VNNI. ``bias_correction``: the mean error of the
+    products that integer weights cause on calibration data goes into the biases.
+    """
+
+    bits: int = 8
+    observer: Observer = "minmax"
+    percentile: float = 99.99
+    portable: bool = False
+    bias_correction: bool = False
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Everything that turns a traced float network into its 8-bit form: what the artifact stores.
+    """Everything that turns a traced float network into its integer form: what the artifact stores.
 
-    ``activations``: node name -> scale. ``weights``, ``biases``, ``weight_scales``: layer name -> int8 (o, ...),
-    int32 (o,) and float32 (o,) tensors.
+    ``activations``: node name -> scale. ``weights``, ``biases``, ``weight_scales``: layer name -> int8 (int16 beyond 8
+    bits) (o, ...), int32 (o,) and float32 (o,) tensors.
     """
 
     activations: dict[str, Scale]
     weights: dict[str, Tensor]
     biases: dict[str, Tensor]
     weight_scales: dict[str, Tensor]
+    bits: int = 8
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat table for safetensors; :meth:`from_tensors` reads it back."""
-        table = {}
+        table = {"/bits": torch.tensor(self.bits, dtype=torch.uint8)}
+        small = torch.uint8 if self.bits <= 8 else torch.int32
         for node, scale in self.activations.items():
             table[f"{node}/scale"] = torch.tensor(scale.scale, dtype=torch.float32)
-            table[f"{node}/zero_point"] = torch.tensor(scale.zero_point, dtype=torch.uint8)
+            table[f"{node}/zero_point"] = torch.tensor(scale.zero_point, dtype=small)
+            table[f"{node}/top"] = torch.tensor(scale.top, dtype=small)
         for kind in ("weights", "biases", "weight_scales"):
             table |= {f"{name}/{kind}": tensor for name, tensor in getattr(self, kind).items()}
         return table
 
     @classmethod
-    def from_tensors(cls, table: dict[str, Tensor]) -> Quantization:
-        parts: dict[str, dict[str, Any]] = {}
+    def from_tensors(cls, table: Mapping[str, Tensor]) -> Quantization:
+        """Files of earlier versions say nothing of bits: they have 8."""
+        parts: dict[str, dict[str, Any]] = {"top": {}, "bits": {}}
         for key, tensor in table.items():
             name, _, kind = key.rpartition("/")
             parts.setdefault(kind, {})[name] = tensor
-        scales = {n: Scale(float(s), int(parts["zero_point"][n])) for n, s in parts["scale"].items()}
-        return cls(scales, parts["weights"], parts["biases"], parts["weight_scales"])
+        scales = {
+            n: Scale(float(s), int(parts["zero_point"][n]), int(parts["top"].get(n, LEVELS)))
+            for n, s in parts["scale"].items()
+        }
+        bits = int(parts["bits"].get("", 8))
+        return cls(scales, parts["weights"], parts["biases"], parts["weight_scales"], bits)
 
 
-def quantize(network: fx.GraphModule, calibration: Iterable[Float[Tensor, "_ c h w"]]) -> Quantization:
-    """Scales from the ranges on ``calibration`` batches, and integer weights. ``network`` comes from ``trace``.
+def quantize(
+    network: fx.GraphModule, calibration: Iterable[Float[Tensor, "_ c h w"]], settings: Settings | None = None
+) -> Quantization:
+    """Scales from ``calibration`` batches, and integer weights. ``network`` comes from ``trace``.
 
     Raises WorkError when an activation is not finite.
     """
-    ranges = _observe(network, calibration)
-    plan = _Plan(network)
-    activations: dict[str, Scale] = {}
-    for node in network.graph.nodes:
-        if node.op == "placeholder":
-            activations[node.name] = Scale(_float32(1 / LEVELS), 0)
-        elif node.op == "call_module" and node not in plan.fused and node is not plan.last:
-            if plan.keeps(node):
-                activations[node.name] = activations[plan.source(node).name]
-            else:
-                activations[node.name] = _scale(*ranges[plan.result(node)])
-    weights, biases, weight_scales = {}, {}, {}
-    for node in network.graph.nodes:
-        if node.op == "call_module" and isinstance(module := layer(network, node), nn.Conv2d | nn.Linear):
-            given = activations[plan.source(node).name]
-            name = str(node.target)
-            weights[name], biases[name], weight_scales[name] = _integer_weights(module, given.scale)
-    return Quantization(activations, weights, biases, weight_scales)
+    settings, batches = settings or Settings(), list(calibration)
+    plan = Plan(network)
+    wanted = {plan.end(node).name for node in plan.scaled()}
+    seen = observe(network, batches, wanted, settings.observer != "minmax")
+    activations = plan.spread(
+        {
+            node.name: scale_of(seen[plan.end(node).name], settings.bits, settings.observer, settings.percentile)
+            for node in plan.scaled()
+        }
+    )
+    scales = {}
+    for node, module in plan.products():
+        given = activations[plan.source(node).name].scale
+        weight = module.weight.detach()
+        scale = full_scale(weight, bias_of(module), given, settings.bits, settings.observer)
+        scales[str(node.target)] = portable_scale(weight, scale, settings.bits) if settings.portable else scale
+    found = with_scales(network, activations, scales, settings.bits)
+    return corrected(network, found, batches) if settings.bias_correction else found
+
+
+def with_scales(
+    network: fx.GraphModule, activations: dict[str, Scale], weight_scales: Mapping[str, Tensor], bits: int
+) -> Quantization:
+    """The integers of a traced network at given scales."""
+    plan = Plan(network)
+    weights, biases = {}, {}
+    for node, module in plan.products():
+        name, given = str(node.target), activations[plan.source(node).name].scale
+        weights[name], biases[name] = stored(module.weight.detach(), bias_of(module), weight_scales[name], given, bits)
+    return Quantization(activations, weights, biases, dict(weight_scales), bits)
+
+
+def corrected(
+    network: fx.GraphModule, quantization: Quantization, calibration: Sequence[Float[Tensor, "_ c h w"]]
+) -> Quantization:
+    """Biases that cancel the mean error which integer weights cause (Nagel et al., ICCV 2019, section 4.2).
+
+    The error of an output channel is linear in the input, so that its mean over samples and positions is the mean over
+    positions of the weights' error applied to the mean input. Layers are corrected in their order, each on the inputs
+    that the integer network with the layers before corrected gives it.
+    """
+    twin = simulated(network, quantization)
+    biases = dict(quantization.biases)
+    values: dict[fx.Node, list[Tensor]] = {}
+    uses = {node: len(node.users) for node in twin.graph.nodes}
+    with torch.no_grad():
+        for node in twin.graph.nodes:
+            inputs = [values[argument] for argument in node.all_input_nodes]
+            if node.op == "placeholder":
+                values[node] = list(calibration)
+            elif node.op == "call_module":
+                module = layer(twin, node)
+                if isinstance(module, QMatmul):
+                    name = str(node.target)
+                    source = network.get_submodule(name)
+                    biases[name] = _corrected_bias(module, source, inputs[0])
+                    module.bias.copy_(biases[name])
+                values[node] = [module(*parts) for parts in zip(*inputs, strict=True)]
+            for given in node.all_input_nodes:
+                uses[given] -= 1
+                if not uses[given]:
+                    del values[given]
+    return replace(quantization, biases=biases)
+
+
+def _corrected_bias(module: QMatmul, source: Any, inputs: list[Tensor]) -> Tensor:
+    """The bias without the mean error of the weights, int32 (o,)."""
+    count = sum(len(part) for part in inputs)
+    mean = torch.stack([module.given.dequantize(part.double()).sum(0) for part in inputs]).sum(0, keepdim=True) / count
+    scale = module.weight_scale.double()
+    error = module.weight.double() * per_channel(scale, module.weight) - source.weight.double()
+    output = F.linear(mean, error) if module.conv is None else F.conv2d(mean, error, **module.conv).mean((2, 3))
+    steps = (bias_of(source).double() - output[0]) / (scale * module.given.scale)
+    return steps.round().clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
 
 
 def simulated(network: fx.GraphModule, quantization: Quantization) -> fx.GraphModule:
     """The network that computes with the integers of ``quantization``: pixels in [0,1] to real logits."""
-    plan = _Plan(network)
+    plan = Plan(network)
     result = copy.deepcopy(network)
     twins = {node.name: node for node in result.graph.nodes}
     scales = quantization.activations
     for node in network.graph.nodes:
         twin = twins[node.name]
         if node.op == "placeholder":
-            _insert_after(result, twin, "quantize_input", QInput(scales[node.name]))
+            insert_after(result, twin, "quantize_input", QInput(scales[node.name]))
         elif node in plan.fused:
             twin.replace_all_uses_with(twin.args[0])
             result.graph.erase_node(twin)
@@ -100,13 +185,13 @@ def simulated(network: fx.GraphModule, quantization: Quantization) -> fx.GraphMo
             twin.target = name
     if plan.last is None:
         final = output_of(result)
-        _insert_after(result, final, "dequantize_output", QOutput(scales[plan.kernel(output_of(network)).name]))
+        insert_after(result, final, "dequantize_output", QOutput(scales[plan.kernel(output_of(network)).name]))
     result.delete_all_unused_submodules()
     result.recompile()
     return result.eval()
 
 
-class _Plan:
+class Plan:
     """Which nodes become one kernel: a product, sum or affine layer takes the ReLU that alone follows it."""
 
     def __init__(self, network: fx.GraphModule) -> None:
@@ -132,9 +217,32 @@ class _Plan:
     def relu(self, node: fx.Node) -> bool:
         return node in self.fused.values()
 
-    def result(self, node: fx.Node) -> str:
-        """Name of the node whose values the kernel's output has."""
-        return next((relu.name for relu, owner in self.fused.items() if owner is node), node.name)
+    def end(self, node: fx.Node) -> fx.Node:
+        """The node whose values the kernel's output has."""
+        return next((relu for relu, owner in self.fused.items() if owner is node), node)
+
+    def scaled(self) -> list[fx.Node]:
+        """Kernels whose output has a scale of its own: those that keep the integers have their source's."""
+        return [n for n in self.kernels() if n is not self.last and not self.keeps(n)]
+
+    def kernels(self) -> list[fx.Node]:
+        return [n for n in self.network.graph.nodes if n.op == "call_module" and n not in self.fused]
+
+    def products(self) -> list[tuple[fx.Node, Any]]:
+        """Convolutions and linear layers."""
+        return [(n, layer(self.network, n)) for n in self.kernels() if self._is(n, nn.Conv2d | nn.Linear)]
+
+    def spread(self, scales: Mapping[str, Scale]) -> dict[str, Scale]:
+        """The scale of every value that has one, from those of :meth:`scaled` nodes."""
+        found: dict[str, Scale] = {}
+        for node in self.network.graph.nodes:
+            if node.op == "placeholder":
+                found[node.name] = PIXELS
+            elif node.name in scales:
+                found[node.name] = scales[node.name]
+            elif node.op == "call_module" and node not in self.fused and node is not self.last:
+                found[node.name] = found[self.source(node).name]
+        return found
 
     def source(self, node: fx.Node, position: int = 0) -> fx.Node:
         """The kernel that made an input of ``node``."""
@@ -147,7 +255,7 @@ class _Plan:
         return self.fused.get(node, node)
 
 
-def _quantized(plan: _Plan, node: fx.Node, quantization: Quantization) -> nn.Module:
+def _quantized(plan: Plan, node: fx.Node, quantization: Quantization) -> nn.Module:
     module = layer(plan.network, node)
     scales, name, relu = quantization.activations, str(node.target), plan.relu(node)
     given = scales[plan.source(node).name]
@@ -166,59 +274,13 @@ def _quantized(plan: _Plan, node: fx.Node, quantization: Quantization) -> nn.Mod
     return QAvgPool(module if isinstance(module, nn.AvgPool2d) else None, given, out)
 
 
-def _insert_after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> None:
+def insert_after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> None:
     network.add_submodule(name, module)
     with network.graph.inserting_after(node):
         new = network.graph.call_module(name, (node,))
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
-class _Observer(fx.Interpreter):
-    def __init__(self, network: fx.GraphModule) -> None:
-        super().__init__(network)
-        self.ranges: dict[str, tuple[float, float]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            if not bool(torch.isfinite(value).all()):
-                raise WorkError(f"activation {n.name} is not finite on the calibration data", "the model has diverged")
-            low, high = self.ranges.get(n.name, (0.0, 0.0))  # zero is always representable
-            self.ranges[n.name] = (min(low, value.min().item()), max(high, value.max().item()))
-        return value
-
-
-def _observe(network: fx.GraphModule, calibration: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
-    observer = _Observer(network)
-    with torch.no_grad():
-        for batch in calibration:
-            observer.run(batch.cpu())
-    return observer.ranges
-
-
-def _scale(low: float, high: float) -> Scale:
-    scale = _float32(max(high - low, 1e-6) / LEVELS)
-    return Scale(scale, min(max(round(-low / scale), 0), LEVELS))
-
-
-def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
-
-
-def _integer_weights(module: nn.Conv2d | nn.Linear, given: float) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 weight, int32 bias, float32 scale of each channel.
-
-    The scale has a floor that holds the bias below 2^23: a dead channel would otherwise overflow its int32 bias. A kept
-    weight never rounds to zero (it becomes +-1), so that the integers have exactly the zeros of the float weights.
-    """
-    weight = module.weight.detach()
-    bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach()
-    largest = weight.flatten(1).abs().amax(1)
-    scale = torch.maximum(largest / WEIGHT_LEVELS, bias.abs() / (given * BIAS_LIMIT))
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    shape = (-1, *(1,) * (weight.dim() - 1))
-    steps = weight / scale.view(shape)
-    integers = (
-        torch.where(steps.abs() < 1, steps.sign(), steps.round()).clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS).to(torch.int8)
-    )
-    return integers, (bias.double() / (scale.double() * given)).round().to(torch.int32), scale
+def bias_of(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()

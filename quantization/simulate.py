@@ -1,10 +1,10 @@
-"""An 8-bit network that computes in torch what ONNX Runtime computes from the exported file.
+"""A network of integers that computes in torch what ONNX Runtime computes from the exported file.
 
-Between layers travel the integers themselves (0..255), held in floating tensors. Each layer forms its integer
-accumulator exactly and brings it back to 8 bits with the float32 operations of ONNX Runtime's kernels, in their order:
-rint(float32(acc) * float32(sx * sw / sy)) + zero point. Rounding passes gradients straight through, so the same network
-is what attacks differentiate. ``interval`` maps bounds of the integers to bounds of the integers with the same
-operations, which are monotone: bounds computed with it hold for the integers themselves.
+Between layers travel the integers themselves (0..2^b - 1, so 0..255 in 8 bits), held in floating tensors. Each layer
+forms its integer accumulator exactly and brings it back to b bits with the float32 operations of ONNX Runtime's
+kernels, in their order: rint(float32(acc) * float32(sx * sw / sy)) + zero point. Rounding passes gradients straight
+through, so the same network is what attacks differentiate. ``interval`` maps bounds of the integers to bounds of the
+integers with the same operations, which are monotone: bounds computed with it hold for the integers themselves.
 """
 
 from __future__ import annotations
@@ -14,47 +14,52 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int8, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
-LEVELS = 255
+LEVELS = 255  # the largest integer of 8 bits
 EXACT_FLOAT32 = 1 << 24  # every integer below is a float32
 
 
 class _Rounded(torch.autograd.Function):
-    """clamp(rint(x) + zero_point, low, LEVELS), half to even.
+    """clamp(rint(x) + zero_point, low, top), half to even.
 
     The gradient passes straight through wherever nothing is clamped, both ends included: torch's own clamp stops it at
     the ends, which would blind attacks at black and at white pixels.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, zero_point: int, low: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, zero_point: int, low: int, top: int) -> Tensor:
         rounded = x.round() + zero_point
-        ctx.save_for_backward((rounded >= low) & (rounded <= LEVELS))
-        return rounded.clamp_(low, LEVELS)
+        ctx.save_for_backward((rounded >= low) & (rounded <= top))
+        return rounded.clamp_(low, top)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None
+        return grads[0] * inside, None, None, None
 
 
-def to_integers(steps: Tensor, zero_point: int, low: int = 0) -> Tensor:
-    """Real values in units of the scale to integers ``low``..255 around the zero point."""
-    integers: Tensor = _Rounded.apply(steps, zero_point, low)
+def to_integers(steps: Tensor, zero_point: int, low: int = 0, top: int = LEVELS) -> Tensor:
+    """Real values in units of the scale to integers ``low``..``top`` around the zero point."""
+    integers: Tensor = _Rounded.apply(steps, zero_point, low, top)
     return integers
 
 
 @dataclass(frozen=True)
 class Scale:
-    """real = scale * (integer - zero_point), integer in 0..255. ``scale`` is a float32 value."""
+    """real = scale * (integer - zero_point), integer in 0..``top``. ``scale`` is a float32 value."""
 
     scale: float
     zero_point: int
+    top: int = LEVELS
 
     def quantize(self, real: Tensor) -> Tensor:
-        return to_integers(real / self.scale, self.zero_point)
+        return self.integers(real / self.scale)
+
+    def integers(self, steps: Tensor, relu: bool = False) -> Tensor:
+        """Values in units of the scale as integers; ``relu`` clips them at the zero point."""
+        return to_integers(steps, self.zero_point, self.zero_point if relu else 0, self.top)
 
     def dequantize(self, q: Tensor) -> Tensor:
         return (q - self.zero_point) * self.scale
@@ -90,7 +95,7 @@ class QOutput(nn.Module):
 
 
 class QMatmul(nn.Module):
-    """Convolution or linear layer: int8 weights, one scale an output channel; int32 bias at scale sx * sw.
+    """Convolution or linear layer: integer weights, one scale an output channel; int32 bias at scale sx * sw.
 
     ``out`` None leaves real-valued logits; ``relu`` clips at the zero point of the output.
     """
@@ -102,7 +107,7 @@ class QMatmul(nn.Module):
     def __init__(
         self,
         source: nn.Conv2d | nn.Linear,
-        weight: Int8[Tensor, "o ..."],
+        weight: Int[Tensor, "o ..."],
         bias: Int32[Tensor, " o"],
         weight_scale: Float[Tensor, " o"],
         given: Scale,
@@ -115,8 +120,7 @@ class QMatmul(nn.Module):
         if isinstance(source, nn.Conv2d):
             names = ("stride", "padding", "dilation", "groups")
             self.conv = {name: getattr(source, name) for name in names}
-        largest = int((LEVELS * weight.flatten(1).abs().sum(1, dtype=torch.int64) + bias.abs()).max())
-        self.exact_float32 = largest < EXACT_FLOAT32
+        self.exact_float32 = largest_accumulator(weight, bias, given.top) < EXACT_FLOAT32
         dtype = torch.float32 if self.exact_float32 else torch.float64
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.to(dtype))
@@ -149,7 +153,12 @@ class QMatmul(nn.Module):
         if self.out is None:
             return accumulator.float() * real_scale.view(shape)
         scaled = accumulator.float() * (real_scale / torch.tensor(self.out.scale, dtype=torch.float32)).view(shape)
-        return to_integers(scaled, self.out.zero_point, self.out.zero_point if self.relu else 0)
+        return self.out.integers(scaled, self.relu)
+
+
+def largest_accumulator(weight: Int[Tensor, "o ..."], bias: Int32[Tensor, " o"], top: int = LEVELS) -> int:
+    """The largest of top * sum |w| + |b| over the filters: no sum of their terms, in any order, exceeds it."""
+    return int((top * weight.flatten(1).long().abs().sum(1) + bias.abs()).max())
 
 
 class QAdd(nn.Module):
@@ -169,7 +178,7 @@ class QAdd(nn.Module):
     def forward(self, qa: Tensor, qb: Tensor) -> Tensor:
         inner = (qb.double() * self.rb + self.offset).float()
         total = (qa.double() * self.ra + inner.double()).float()
-        return to_integers(total, 0, self.out.zero_point if self.relu else 0)
+        return to_integers(total, 0, self.out.zero_point if self.relu else 0, self.out.top)
 
     def interval(self, alo: Tensor, ahi: Tensor, blo: Tensor, bhi: Tensor) -> tuple[Tensor, Tensor]:
         return self(alo, blo).to(alo.dtype), self(ahi, bhi).to(ahi.dtype)
@@ -183,17 +192,17 @@ class QAvgPool(nn.Module):
         self.source, self.given, self.out = source, given, out
 
     def forward(self, q: Tensor) -> Tensor:
-        centred = q - self.given.zero_point
+        kernel = q.shape[2:] if self.source is None else self.source.kernel_size
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        count = height * width
+        centred = (q if self.given.top * count < EXACT_FLOAT32 else q.double()) - self.given.zero_point
         if self.source is None:
-            count, total = q.shape[2] * q.shape[3], centred.sum((2, 3), keepdim=True)
+            total = centred.sum((2, 3), keepdim=True)
         else:
-            kernel, stride = self.source.kernel_size, self.source.stride
-            total = F.avg_pool2d(centred, kernel, stride, divisor_override=1)
-            height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-            count = height * width
+            total = F.avg_pool2d(centred, (height, width), self.source.stride, divisor_override=1)
         f32 = torch.float32
         scale = torch.tensor(self.given.scale, dtype=f32) / (count * torch.tensor(self.out.scale, dtype=f32))
-        return to_integers(total.float() * scale.to(q.device), self.out.zero_point)
+        return self.out.integers(total.float() * scale.to(q.device))
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return self(lo).to(lo.dtype), self(hi).to(hi.dtype)
@@ -213,7 +222,7 @@ class QAffine(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         real = self.given.dequantize(q.float()) * self.scale + self.shift
-        return to_integers(real / self.out.scale, self.out.zero_point, self.out.zero_point if self.relu else 0)
+        return self.out.integers(real / self.out.scale, self.relu)
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         a, b = self(lo), self(hi)

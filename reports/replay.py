@@ -19,6 +19,7 @@ from rprune.reports.schema import Claim, Report
 
 BALL_TOLERANCE = 1e-6  # float32 rounding of x + delta
 SIZE_TOLERANCE = 1e-4  # of a norm that was summed in float32, relative
+COMPARED = 256  # samples on which two files have to give equal logits
 Outcome = tuple[bool, str]
 
 
@@ -34,6 +35,8 @@ class Replay:
         for claim in self.report.claims:
             if claim.metric == "clean_accuracy":
                 yield f"replay {claim.id}", lambda claim=claim: self.clean(claim)  # type: ignore[misc]
+        if "onnx-compact" in self.roles:
+            yield "replay compact", self.compact
         yield "witnesses", self.witness_set
         yield "samples", self.samples
         yield "certified", self.certified
@@ -54,6 +57,12 @@ class Replay:
     def clean(self, claim: Claim) -> Outcome:
         correct = int((self.predict(claim.artifact, claim.n) == self.test.labels[: claim.n]).sum())
         return correct == claim.correct, f"{correct}/{claim.n} right, {self.roles[claim.artifact].name} in ONNX Runtime"
+
+    def compact(self) -> Outcome:
+        """The compact file gives the logits of the main one, to the bit."""
+        x = unit(self.test.pixels(0, min(len(self.test), COMPARED)))
+        same = np.array_equal(self.session(self.main).logits(x), self.session("onnx-compact").logits(x))
+        return same, f"{self.roles['onnx-compact'].name} and {self.roles[self.main].name}: logits of {len(x)} samples"
 
     @cached_property
     def attacked(self) -> Claim:

@@ -20,7 +20,9 @@ from rprune.registry import first_problem
 from rprune.threat import ThreatModel
 
 SCHEMA = "rprune.report/1"
-Role = Literal["onnx-int8", "onnx", "weights", "masks", "evidence"]
+Role = Literal[
+    "onnx-int8", "onnx", "onnx-compact", "packed", "c", "c-header", "weights", "masks", "evidence"
+]  # fmt: skip
 Count = Annotated[int, pydantic.Field(ge=0)]
 Distance = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
@@ -207,6 +209,56 @@ class Sparsity(Part):
     by_layer: list[Layer]
 
 
+class Integers(Part):
+    """What the integers of the int8 file guarantee, whatever the image.
+
+    ``largest``: layer name -> the largest of (2^b - 1) sum |w| + |bias| over its filters, with 255 in 8 bits.
+    ``exact``: all are below 2^24, so float32 computes every sum exactly, in any order. ``saturating_pairs``:
+    neighbouring weights whose products x86 CPUs without VNNI may add up beyond 16 bits.
+    """
+
+    bits: int
+    largest: dict[str, Count]
+    exact: bool
+    saturating_pairs: Count
+
+
+class Bound(Part):
+    """Bytes below which no coding of independent weights goes: of where they are, and of what they are."""
+
+    mask: float
+    values: float
+
+
+class Footprint(Part):
+    """What the main ONNX file's network takes; ``export.footprint.Footprint`` says what each number is."""
+
+    kept: Count
+    total: Count
+    side: dict[str, Count]
+    dense_weights: Count
+    dense_parameters: Count
+    dense_bytes: Count
+    density: float
+    bound: Bound
+    sparse_macs: Count
+    dense_macs: Count
+    ratios: dict[str, float]
+
+
+class Latency(Part):
+    """Milliseconds a call on the machine of ``environment``; ``export.speed.Latency`` says what each number is."""
+
+    file: str
+    runtime: str
+    batch: int
+    threads: int
+    calls: int
+    p50: float
+    p95: float
+    ratio: float | None = None
+
+
 class Fidelity(Part):
     """A file compared with what it was made from."""
 
@@ -287,7 +339,10 @@ class Report(Part):
     policy_sha256: str | None = None
     lineage: list[LineageEntry]
     sparsity: Sparsity
+    integers: Integers | None = None
+    footprint: Footprint | None = None
     size: dict[str, int]  # bytes of each form
+    speed: list[Latency] = []
     fidelity: list[Fidelity]
     claims: list[Claim]
     evidence: Evidence
@@ -300,7 +355,8 @@ class Report(Part):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     def to_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        table = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return without_defaults(self, table, frozenset({"speed"}))
 
     def computed_id(self) -> str:
         return digest_of(self.to_json() | {"id": ""})

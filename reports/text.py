@@ -15,10 +15,11 @@ METRICS = {
     "certified_accuracy": "Certified",
     "smoothed_certified_accuracy": "Smoothed",
 }
-FORMS = {"onnx": "float ONNX", "onnx-int8": "int8 ONNX"}
+FORMS = {"onnx": "float ONNX", "onnx-int8": "int8 ONNX", "c": "C"}
 NORMS = {"linf": "L∞", "l2": "L2"}
 WHAT = dict.fromkeys(("method", "objective", "suite", "file", "methods"), "{}") | {
-    "sparsity": "sparsity {}", "bits": "{} bits", "calibration": "{} calibration images", "epochs": "{} epochs",
+    "sparsity": "sparsity {}", "macs": "{} of the MACs", "bits": "{} bits",
+    "calibration": "{} calibration images", "epochs": "{} epochs",
 }  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def test_chain_writes_default_names(chain):
         "model-lwm-0.5-finetuned-int8.certificates.json", "out",
     }  # fmt: skip
     assert {p.name for p in (chain / "out").rglob("*") if p.is_file()} == {
-        "model.safetensors", "masks.safetensors", "model.onnx", "model.int8.onnx", "samples.csv",
+        "model.safetensors", "masks.safetensors", "model.onnx", "model.int8.onnx", "model.compact.onnx",
+            "model.packed.safetensors", "samples.csv",
         "adversarial.safetensors", "report.json", "report.html",
     }  # fmt: skip
 

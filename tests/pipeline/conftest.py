@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from rprune.pipeline.bench import Bench, architecture
+from rprune.pipeline.quantizing import quantize
 from rprune.pipeline.recipe import DataSection, ModelSection, PruneStage, QuantizeStage, TrainStage
-from rprune.pipeline.stages import prune, quantize_8bit, train
+from rprune.pipeline.stages import prune, train
 from rprune.threat import ThreatModel
 
 
@@ -22,4 +23,4 @@ def trained(bench):
 @pytest.fixture(scope="session")
 def quantized(bench, trained):
     """Pruned by half and quantized."""
-    return quantize_8bit(bench, prune(bench, trained, PruneStage(method="lwm", sparsity=0.5)), QuantizeStage())
+    return quantize(bench, prune(bench, trained, PruneStage(method="lwm", sparsity=0.5)), QuantizeStage())

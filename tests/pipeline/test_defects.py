@@ -9,9 +9,9 @@ import torch
 from rprune.errors import InputError
 from rprune.export.session import stored_weights
 from rprune.pipeline.artifact import load_any
-from rprune.pipeline.bundle import write_models
+from rprune.pipeline.forms import Deployed, write_models
 from rprune.pipeline.recipe import FinetuneStage, PruneStage
-from rprune.pipeline.stages import finetune, networks, prune
+from rprune.pipeline.stages import finetune, prune
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,7 @@ def searched(bench, trained):
 
 def test_exported_weights_are_the_evaluated_ones(bench, searched, tmp_path):
     """HARP's dense export masks every layer at the global rate instead of the learned ones."""
-    model, twin = networks(searched)
-    write_models(searched, model, twin, bench, tmp_path)
+    write_models(Deployed.of(searched), (), bench, tmp_path)
     weights = stored_weights(tmp_path / "model.onnx")
     for name, mask in searched.masks.items():
         assert np.array_equal(weights[name], searched.state[name].numpy())

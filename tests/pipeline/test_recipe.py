@@ -146,9 +146,10 @@ def test_values_out_of_range(key, value):
         validated(PruneStage, {"sparsity": 0.5} | {key: value}, "options")
 
 
-def test_only_eight_bits():
+@pytest.mark.parametrize("bits", [1, 13, 4.5])
+def test_bits_have_a_range(bits):
     with pytest.raises(UsageError, match="bits"):
-        validated(QuantizeStage, {"bits": 4}, "options")
+        validated(QuantizeStage, {"bits": bits}, "options")
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ def test_dead_channel_does_not_overflow_its_bias(nets, bias: float) -> None:
     integers = found.biases["features.2"]
     assert int(integers.abs().max()) <= 1 << 23
     given = next(m.given for n, m in twin.named_modules() if n == "features.2")
-    real = integers.double() * found.weight_scales["features.2"].double() * given.scale
-    assert real[3:5].tolist() == pytest.approx([bias, bias], rel=1e-6)
+    step = found.weight_scales["features.2"].double() * given.scale
+    assert bool(((integers.double() * step)[3:5] - bias).abs().le(step[3:5] / 2).all())
     x = nets.digits(16)[0]
     with torch.no_grad():
         assert torch.isfinite(twin(x)).all()

@@ -33,6 +33,7 @@ POLICY = {"gate": [{"metric": "sparsity", "value": 0.5}, {"metric": "robust_accu
 def original(tmp_path_factory):
     from rprune.pipeline.bench import Bench, architecture
     from rprune.pipeline.bundle import Source, export
+    from rprune.pipeline.quantizing import quantize
     from rprune.pipeline.recipe import (
         CertifyStage,
         DataSection,
@@ -42,13 +43,13 @@ def original(tmp_path_factory):
         QuantizeStage,
         TrainStage,
     )
-    from rprune.pipeline.stages import certify, prune, quantize_8bit, train
+    from rprune.pipeline.stages import certify, prune, train
     from rprune.threat import ThreatModel
 
     bench = Bench.open(DataSection(source="digits"), ThreatModel.of("linf", str(EPS)), 0, "cpu")
     arch = architecture(ModelSection(), bench.data)
     made = train(bench, arch, TrainStage(objective="benign", epochs=3, batch_size=16, lr=0.05))
-    made = quantize_8bit(bench, prune(bench, made, PruneStage(method="lwm", sparsity=0.5)), QuantizeStage())
+    made = quantize(bench, prune(bench, made, PruneStage(method="lwm", sparsity=0.5)), QuantizeStage())
     certificates = certify(bench, made, CertifyStage(eps="0.005", limit=N, n=100, smoothing_limit=8))
     folder = tmp_path_factory.mktemp("verify") / "bundle"
     folder.mkdir()

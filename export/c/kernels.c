@@ -1,0 +1,488 @@
+/* Kernels, the same for every model. An image lies as planes with shared borders: behind each row of pixels lie border
+   cells that stand for the end of this row and the start of the next, and behind each plane border rows. A kernel entry
+   is then one offset, the same for all positions, and a convolution a sum of shifted, contiguous runs of cells. */
+
+#if defined(__FAST_MATH__)
+#error "-ffast-math changes results: compile without it"
+#endif
+#if defined(__GNUC__) && !defined(MODEL_SCALAR) && (defined(__SSE2__) || defined(__aarch64__))
+#define VECTOR 1
+#else
+#define VECTOR 0
+#endif
+
+/* With vectors every cell is a float. Integers are centred, the zero point is subtracted, and exact: sums of products
+   stay below 2^24, or are split into groups that do. Without vectors integers are bytes. */
+#if MODEL_INTEGERS && !VECTOR
+typedef uint8_t cell;
+typedef int32_t sum;
+typedef int8_t tap;
+#define ZERO(point) (point)
+#else
+typedef float cell;
+typedef float sum;
+typedef float tap;
+#define ZERO(point) 0
+#endif
+#if MODEL_INTEGERS
+typedef int32_t bias_t;
+#else
+typedef float bias_t;
+#endif
+
+typedef struct {
+    int channels, height, width, pad, plane, zero, top; /* integers are 0..top */
+} image;
+
+#define ROWS(of) for (int c = 0; c < (of)->channels; c++) for (int y = 0; y < (of)->height; y++)
+
+static cell arena[MODEL_ARENA];
+
+static cell *row_of(cell *first, const image *of, int channel, int y) {
+    return first + channel * of->plane + y * (of->width + of->pad);
+}
+
+/* The border cells of every plane, and those in front of the first. */
+static void frame(cell *out, const image *of) {
+    const int pitch = of->width + of->pad, rows = of->height * pitch;
+    const cell value = (cell)ZERO(of->zero);
+    for (int i = 1; i <= of->pad * pitch + of->pad; i++) out[-i] = value;
+    for (int c = 0; c < of->channels; c++, out += of->plane) {
+        for (int y = 0; y < rows; y += pitch)
+            for (int x = of->width; x < pitch; x++) out[y + x] = value;
+        for (int i = rows; i < of->plane; i++) out[i] = value;
+    }
+}
+
+#if MODEL_INTEGERS
+#if defined(__SSE4_1__) || defined(__aarch64__)
+#define nearest(x) __builtin_rintf(x)
+#else
+static float nearest(float x) { /* half to even; volatile, so that no product is fused into the sum */
+    volatile float v = x < -4e6f ? -4e6f : x > 4e6f ? 4e6f : x;
+    v = v + 12582912.0f;
+    return v - 12582912.0f;
+}
+#endif
+static inline float fused(float a, float b, float c) { /* rounded once */
+#if defined(__FP_FAST_FMAF)
+    return __builtin_fmaf(a, b, c);
+#else
+    return (float)((double)a * (double)b + (double)c);
+#endif
+}
+static inline float between(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+/* x in steps of the output to a cell: rounded, from the zero point on with clip, else from 0, up to top */
+static inline cell integer(float x, int zero, int top, int clip) {
+    const float low = clip ? 0.0f : (float)-zero, high = (float)(top - zero);
+    return (cell)(between(nearest(x), low, high) + (float)ZERO(zero));
+}
+#endif
+
+//! settled
+#if MODEL_INTEGERS
+/* The same for x with the zero point in it, as a residual sum leaves it. */
+static inline cell settled(float x, int zero, int top, int clip) {
+    return (cell)(between(nearest(x), clip ? (float)zero : 0.0f, (float)top) - (float)(zero - ZERO(zero)));
+}
+#endif
+
+//! conv
+/* Filter after filter: count[] entries, or several groups of them whose sums are exact. */
+typedef struct {
+    const uint16_t *gap;
+    const int32_t *count;
+    const tap *weight;
+    const bias_t *bias;
+    const float *scale;
+    int filters, groups, positions, tile, before;
+    /* what is read: the planes themselves, or phases of them, images of every so-many-th row and column */
+    int in_place, channels, channel, in_pitch, in_plane, in_zero, phases, stride_y, stride_x;
+    const int16_t *phase; /* of each: first row and column, rows and columns */
+    int pitch, plane, zero, top, relu;
+    int add, own_first, other_zero, add_zero, add_top, add_relu; /* a residual sum: first * r1 + (second * r2 + offset) */
+    float r1, r2, offset;
+} conv_layer;
+
+static cell scratch[MODEL_SCRATCH];
+#if MODEL_INTEGERS
+static sum partial[MODEL_TILE];
+#endif
+#if MODEL_WIDE
+static int32_t total[MODEL_TILE];
+#endif
+
+#if VECTOR
+#if defined(__AVX512F__)
+#define LANES 16
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#elif defined(__AVX__)
+#define LANES 8
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#else
+#define LANES 4
+#define EVENS 0, 2, 4, 6
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define AT(p) (*(vec *)(p))
+#define READ(p) (*(const vec *)(p))
+#define CHOOSE(mask, a, b) ((vec)(((bits)(a) & (mask)) | ((bits)(b) & ~(mask))))
+#if defined(__clang__)
+#define EVEN(a, b) __builtin_shufflevector(a, b, EVENS)
+#else
+#define EVEN(a, b) __builtin_shuffle(a, b, (bits){EVENS})
+#endif
+#if defined(__aarch64__)
+#define ROUNDED(v) __asm__("" : "+w"(v)) /* a product ends here: it is not fused into the sum that follows */
+#else
+#define ROUNDED(v) __asm__("" : "+v"(v))
+#endif
+
+/* How sums end: floats take other and are clipped; integers are scaled, held between low and high, and rounded. */
+typedef struct {
+    const float *other;
+    int clip, raw;
+    float scale, low, high;
+} ending;
+
+#define EACH1(M) M(0)
+#define EACH2(M) EACH1(M) M(1)
+#define EACH3(M) EACH2(M) M(2)
+#define EACH4(M) EACH3(M) M(3)
+#define EACH5(M) EACH4(M) M(4)
+#define EACH6(M) EACH5(M) M(5)
+#define EACH7(M) EACH6(M) M(6)
+#define EACH8(M) EACH7(M) M(7)
+#define EACH9(M) EACH8(M) M(8)
+#define EACH10(M) EACH9(M) M(9)
+#define EACH11(M) EACH10(M) M(10)
+#define EACH12(M) EACH11(M) M(11)
+#define START(i) vec a##i = start;
+#define ADD(i) a##i += READ(from + i * LANES) * w;
+#define KEEP(i) AT(to + i * LANES) = a##i;
+#if MODEL_INTEGERS
+#define STEPS(i)                               \
+    a##i *= e->scale;                          \
+    ROUNDED(a##i);                             \
+    a##i = CHOOSE(a##i < low, low, a##i);      \
+    a##i = CHOOSE(a##i > high, high, a##i);    \
+    a##i = (a##i + 12582912.0f) - 12582912.0f;
+#define END(n)                                                        \
+    if (!e->raw) {                                                    \
+        const vec low = (vec){0} + e->low, high = (vec){0} + e->high; \
+        EACH##n(STEPS)                                                \
+    }
+#else
+#define OTHER(i) a##i += READ(e->other + at + i * LANES);
+#define CLIP(i) a##i = (vec)((bits)a##i & ~(a##i < 0.0f));
+#define END(n)                       \
+    if (e->other) { EACH##n(OTHER) } \
+    if (e->clip) { EACH##n(CLIP) }
+#endif
+#define DEFINE(n)                                                                                                \
+    static void taps##n(const float *from, const uint16_t *gap, const float *weight, int count, float bias,     \
+                        const ending *e, int at, float *to) {                                                   \
+        const vec start = (vec){0} + bias;                                                                      \
+        EACH##n(START) for (int k = 0; k < count; k++) {                                                        \
+            const float w = weight[k];                                                                          \
+            from += gap[k];                                                                                     \
+            EACH##n(ADD)                                                                                        \
+        }                                                                                                       \
+        END(n)                                                                                                  \
+        EACH##n(KEEP)(void) at;                                                                                 \
+    }
+DEFINE(1) DEFINE(2) DEFINE(3) DEFINE(4) DEFINE(5) DEFINE(6)
+DEFINE(7) DEFINE(8) DEFINE(9) DEFINE(10) DEFINE(11) DEFINE(12)
+#define MOST 12
+
+/* One filter over one tile: bias and the products of its entries, ended. */
+static void taps(int tile, const float *from, const uint16_t *gap, const float *weight, int count, float bias,
+                 const ending *e, float *to) {
+    static void (*const kernels[MOST])(const float *, const uint16_t *, const float *, int, float, const ending *, int,
+                                       float *) = {taps1, taps2, taps3, taps4,  taps5,  taps6,
+                                                   taps7, taps8, taps9, taps10, taps11, taps12};
+    const int vectors = tile / LANES, parts = (vectors + MOST - 1) / MOST;
+    for (int done = 0, part = 1; part <= parts; part++) {
+        const int next = vectors * part / parts, at = done * LANES;
+        kernels[next - done - 1](from + at, gap, weight, count, bias, e, at, to + at);
+        done = next;
+    }
+}
+#else
+static void taps(const conv_layer *l, const cell *from, const uint16_t *gap, const tap *weight, int count, sum bias,
+                 sum *to) {
+    const sum zero = (sum)ZERO(l->in_zero);
+    for (int i = 0; i < l->tile; i++) to[i] = bias;
+    for (int k = 0; k < count; k++) {
+        const sum w = (sum)weight[k];
+        from += gap[k];
+        for (int i = 0; i < l->tile; i++) to[i] += w * ((sum)from[i] - zero);
+    }
+}
+#endif
+
+/* The phases of an input, each with the cells that are read before its first row and behind its last. */
+static void split(const conv_layer *l, const cell *in) {
+    const cell border = (cell)ZERO(l->in_zero);
+    cell *to = scratch;
+    for (int c = 0; c < l->channels; c++, in += l->in_plane) {
+        for (int p = 0; p < l->phases; p++) {
+            const int rows = l->phase[4 * p + 2], columns = l->phase[4 * p + 3];
+            const cell *from = in + l->phase[4 * p] * l->in_pitch + l->phase[4 * p + 1];
+            cell *const end = to + l->channel, *row = to + l->before;
+            while (to < row) *to++ = border;
+            for (int y = 0; y < rows; y++, from += l->stride_y * l->in_pitch, row += l->pitch) {
+#if VECTOR
+                if (l->stride_x == 2) /* over the end of the row, where the next one follows */
+                    for (int x = 0; x < columns; x += LANES)
+                        AT(row + x) = EVEN(READ(from + 2 * x), READ(from + 2 * x + LANES));
+                else
+#endif
+                    for (int x = 0; x < columns; x++) row[x] = from[x * l->stride_x];
+                for (int x = columns; x < l->pitch; x++) row[x] = border;
+            }
+            for (to = row; to < end; to++) *to = border;
+        }
+    }
+}
+
+#if MODEL_INTEGERS
+/* Sums of one filter over one tile to integers, and into a residual sum. */
+static void finish(const conv_layer *l, float scale, const sum *from, cell *restrict to, const cell *other) {
+    const int zero = l->zero, top = l->top, relu = l->relu;
+    const int add_zero = l->add_zero, add_top = l->add_top, add_relu = l->add_relu;
+    const float r1 = l->r1, r2 = l->r2, offset = l->offset;
+    const float own_zero = (float)(zero - ZERO(zero)), other_zero = (float)(l->other_zero - ZERO(l->other_zero));
+    if (!other) {
+        for (int i = 0; i < l->tile; i++) to[i] = integer((float)from[i] * scale, zero, top, relu);
+    } else if (l->own_first) {
+        for (int i = 0; i < l->tile; i++) {
+            const float own = (float)integer((float)from[i] * scale, zero, top, relu) + own_zero;
+            to[i] = settled(fused(own, r1, fused((float)other[i] + other_zero, r2, offset)), add_zero, add_top, add_relu);
+        }
+    } else {
+        for (int i = 0; i < l->tile; i++) {
+            const float own = (float)integer((float)from[i] * scale, zero, top, relu) + own_zero;
+            to[i] = settled(fused((float)other[i] + other_zero, r1, fused(own, r2, offset)), add_zero, add_top, add_relu);
+        }
+    }
+}
+#endif
+
+static void conv(const conv_layer *l, const cell *in, const image *to, cell *out, const cell *other) {
+    const cell *from = l->in_place ? in - l->before : scratch;
+    if (!l->in_place) split(l, in);
+    for (int begin = 0; begin < l->positions; begin += l->tile) {
+        const uint16_t *gap = l->gap;
+        const int32_t *count = l->count;
+        const tap *weight = l->weight;
+        for (int filter = 0; filter < l->filters; filter++) {
+            const int place = filter * l->plane + begin;
+            const cell *added = l->add ? other + place : 0;
+#if !MODEL_INTEGERS && VECTOR
+            const ending e = {added, l->relu, 0, 0, 0, 0};
+            taps(l->tile, from + begin, gap, weight, *count, l->bias[filter], &e, out + place);
+            gap += *count;
+            weight += *count++;
+#elif !MODEL_INTEGERS
+            taps(l, from + begin, gap, weight, *count, l->bias[filter], out + place);
+            gap += *count;
+            weight += *count++;
+            for (int i = 0; i < l->tile; i++) {
+                const float found = out[place + i] + (added ? added[i] : 0.0f);
+                out[place + i] = l->relu && found < 0.0f ? 0.0f : found;
+            }
+#else
+            for (int group = 0; group < l->groups; group++) {
+                const sum bias = group ? 0 : (sum)l->bias[filter];
+#if VECTOR
+                const int raw = l->add || l->groups > 1;
+                const ending e = {0, 0, raw, l->scale[filter], l->relu ? 0 : (float)-l->zero,
+                                  (float)(l->top - l->zero)};
+                taps(l->tile, from + begin, gap, weight, *count, bias, &e, raw ? partial : out + place);
+#else
+                const int raw = 1;
+                taps(l, from + begin, gap, weight, *count, bias, partial);
+#endif
+                gap += *count;
+                weight += *count++;
+#if MODEL_WIDE
+                if (l->groups > 1) /* each group's sum is exact in float, the sum of them need not be */
+                    for (int i = 0; i < l->tile; i++) total[i] = (int32_t)partial[i] + (group ? total[i] : 0);
+                if (group && group + 1 == l->groups)
+                    for (int i = 0; i < l->tile; i++) partial[i] = (sum)total[i];
+#endif
+                if (raw && group + 1 == l->groups) finish(l, l->scale[filter], partial, out + place, added);
+            }
+#endif
+        }
+    }
+    frame(out, to);
+}
+
+//! linear
+/* A layer of one position; entries by gaps from the first input. */
+typedef struct {
+    const uint16_t *gap;
+    const int32_t *count;
+    const tap *weight;
+    const bias_t *bias;
+    const float *scale;
+    int filters, in_zero, relu;
+} linear_layer;
+
+#if MODEL_INTEGERS
+typedef int32_t linear_sum;
+#else
+typedef float linear_sum;
+#endif
+static linear_sum product(const linear_layer *l, const cell *in, const uint16_t **gap, const tap **weight, int filter) {
+    linear_sum found = l->bias[filter];
+    for (int k = 0; k < l->count[filter]; k++) {
+        in += *(*gap)++;
+        found += (linear_sum)*(*weight)++ * ((linear_sum)*in - (linear_sum)ZERO(l->in_zero));
+    }
+    return found;
+}
+
+//! hidden
+static void linear(const linear_layer *l, const cell *in, cell *out, const image *to) {
+    const uint16_t *gap = l->gap;
+    const tap *weight = l->weight;
+    for (int filter = 0; filter < l->filters; filter++) {
+        const linear_sum found = product(l, in, &gap, &weight, filter);
+#if MODEL_INTEGERS
+        out[filter * to->plane] = integer((float)found * l->scale[filter], to->zero, to->top, l->relu);
+#else
+        out[filter * to->plane] = l->relu && found < 0.0f ? 0.0f : found;
+#endif
+    }
+    frame(out, to);
+}
+
+//! logits
+static void linear_logits(const linear_layer *l, const cell *in, float *out) {
+    const uint16_t *gap = l->gap;
+    const tap *weight = l->weight;
+    for (int filter = 0; filter < l->filters; filter++)
+        out[filter] = (float)product(l, in, &gap, &weight, filter) * l->scale[filter];
+}
+
+//! flatten
+static void flatten(cell *in, const image *from, cell *out) {
+    ROWS(from) {
+        const cell *row = row_of(in, from, c, y);
+        for (int x = 0; x < from->width; x++) *out++ = row[x];
+    }
+}
+
+//! relu
+static void relu(cell *in, const image *from, cell *out, const image *to) {
+    ROWS(to) {
+        const cell *row = row_of(in, from, c, y), low = (cell)ZERO(to->zero);
+        cell *made = row_of(out, to, c, y);
+        for (int x = 0; x < to->width; x++) made[x] = row[x] < low ? low : row[x];
+    }
+    frame(out, to);
+}
+
+//! add
+typedef struct {
+    float r1, r2, offset;
+    int zero1, zero2, clip;
+} addition;
+
+static void add(cell *a, const image *from, cell *b, cell *out, const image *to, const addition *by) {
+    ROWS(to) {
+        const cell *first = row_of(a, from, c, y), *second = row_of(b, from, c, y);
+        cell *made = row_of(out, to, c, y);
+        for (int x = 0; x < to->width; x++) {
+#if MODEL_INTEGERS
+            const float one = (float)(first[x] - ZERO(by->zero1)) + (float)by->zero1;
+            const float two = (float)(second[x] - ZERO(by->zero2)) + (float)by->zero2;
+            made[x] = settled(fused(one, by->r1, fused(two, by->r2, by->offset)), to->zero, to->top, by->clip);
+#else
+            const float found = first[x] + second[x];
+            made[x] = by->clip && found < 0.0f ? 0.0f : found;
+#endif
+        }
+    }
+    frame(out, to);
+}
+
+//! affine
+typedef struct {
+    const float *scale, *shift;
+    float given, made;
+    int clip;
+} scaling;
+
+static void affine(cell *in, const image *from, cell *out, const image *to, const scaling *by) {
+    ROWS(to) {
+        const cell *row = row_of(in, from, c, y);
+        cell *made = row_of(out, to, c, y);
+        for (int x = 0; x < to->width; x++) {
+#if MODEL_INTEGERS
+            volatile float real = (float)(row[x] - ZERO(from->zero)) * by->given; /* volatile: no product is fused */
+            real = real * by->scale[c];
+            real = real + by->shift[c];
+            made[x] = integer(real / by->made, to->zero, to->top, by->clip);
+#else
+            const float found = row[x] * by->scale[c] + by->shift[c];
+            made[x] = by->clip && found < 0.0f ? 0.0f : found;
+#endif
+        }
+    }
+    frame(out, to);
+}
+
+//! window
+typedef struct {
+    int height, width, stride_y, stride_x, pad_y, pad_x;
+    float scale;
+} window;
+
+//! max
+static void max_pool(cell *in, const image *from, cell *out, const image *to, const window *w) {
+    const int pitch = from->width + from->pad;
+    ROWS(to) {
+        const cell *given = row_of(in, from, c, 0);
+        cell *made = row_of(out, to, c, y);
+        const int top = y * w->stride_y - w->pad_y;
+        for (int x = 0; x < to->width; x++) {
+            const int left = x * w->stride_x - w->pad_x;
+            int any = 0;
+            cell best = 0;
+            for (int i = top < 0 ? 0 : top; i < top + w->height && i < from->height; i++)
+                for (int j = left < 0 ? 0 : left; j < left + w->width && j < from->width; j++, any = 1)
+                    if (!any || given[i * pitch + j] > best) best = given[i * pitch + j];
+            made[x] = best;
+        }
+    }
+    frame(out, to);
+}
+
+//! average
+static void average_pool(cell *in, const image *from, cell *out, const image *to, const window *w) {
+    const int pitch = from->width + from->pad;
+    ROWS(to) {
+        cell *made = row_of(out, to, c, y);
+        for (int x = 0; x < to->width; x++) {
+            const cell *given = row_of(in, from, c, y * w->stride_y) + x * w->stride_x;
+            sum found = 0;
+            for (int i = 0; i < w->height; i++)
+                for (int j = 0; j < w->width; j++) found += (sum)given[i * pitch + j];
+#if MODEL_INTEGERS
+            found -= (sum)(w->height * w->width * ZERO(from->zero));
+            made[x] = integer((float)found * w->scale, to->zero, to->top, 0);
+#else
+            made[x] = found * w->scale;
+#endif
+        }
+    }
+    frame(out, to);
+}
+
+//! end

@@ -1,0 +1,350 @@
+"""A model as C source that depends on nothing: one .c and one .h, weights as constant tables, no allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from rprune.export.c.plan import (
+    LANES,
+    Dequantize,
+    Elementwise,
+    Flatten,
+    Plan,
+    Pool,
+    Product,
+    Reach,
+    Step,
+    Tiling,
+    Value,
+    entries,
+    plan_of,
+)
+from rprune.quantization.simulate import LEVELS
+
+EXACT = 1 << 24  # integers below it are exact in float32
+LARGEST_GAP = 65535
+OVER = 2 * LANES  # cells behind the last that whole chunks may touch
+A_LINE = 110
+
+
+@dataclass(frozen=True)
+class CSource:
+    """Two files' texts. ``ram``: bytes of static memory with vectors, and without."""
+
+    header: str
+    source: str
+    ram: tuple[int, int]
+
+
+def c_source(network: fx.GraphModule, input_shape: tuple[int, int, int], name: str = "model") -> CSource:
+    """The C form of a network from ``trace`` or ``compact`` (floats) or from ``simulated`` (8 bits).
+
+    ``name`` is that of the two files, without a suffix. Raises InputError for layers without a C form.
+    """
+    return _Writer(plan_of(network, input_shape), name).write()
+
+
+class _Writer:
+    def __init__(self, plan: Plan, name: str) -> None:
+        self.plan, self.name = plan, name
+        self.tables: list[str] = []
+        self.body: list[str] = []
+        self.bytes = [0, 0]  # of tables, with bytes for weights and with floats
+        self.scratch = self.tile = 1
+        self.wide = False
+        self.needed: set[str] = set()  # parts of the kernels
+
+    def write(self) -> CSource:
+        for index, step in enumerate(self.plan.steps):
+            self.body.append(self._step(f"s{index}", step))
+        source = "\n".join(
+            [
+                f'#include "{self.name}.h"', "",
+                f"#define MODEL_INTEGERS {int(self.plan.integers)}",
+                f"#define MODEL_WIDE {int(self.wide)}",
+                f"#define MODEL_ARENA {self.plan.arena + OVER}",
+                f"#define MODEL_SCRATCH {self.scratch + OVER}",
+                f"#define MODEL_TILE {self.tile}", "",
+                self._kernels(),
+                *self.tables, "",
+                self._run(),
+            ]
+        )  # fmt: skip
+        cells = self.plan.arena + self.scratch + 2 * OVER
+        sums = 4 * self.tile * (1 + self.wide) if self.plan.integers else 0
+        vector, scalar = 4 * cells + sums, (1 if self.plan.integers else 4) * cells + sums
+        return CSource(self._header(vector, scalar), source, (vector, scalar))
+
+    def _kernels(self) -> str:
+        first, *parts = files("rprune.export.c").joinpath("kernels.c").read_text().split("//! ")
+        named = {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
+        return "".join([first, *(text for name, text in named.items() if name in self.needed)])
+
+    def _step(self, name: str, step: Step) -> str:
+        if isinstance(step, Product):
+            return self._linear(name, step) if step.linear else self._conv(name, step)
+        given, out = step.given[0], step.out
+        a, made = self._place(given), self._place(out)
+        if isinstance(step, Flatten):
+            self.needed.add("flatten")
+            return f"flatten({a}, &{self._image(name + '_in', given)}, {made});"
+        if isinstance(step, Dequantize):
+            value = f"(float)(({a})[i * {given.plane}] - ZERO({given.zero})) * {_float(step.scale)}"
+            return f"for (int i = 0; i < {out.channels}; i++) logits[i] = {value};"
+        both = f"&{self._image(name + '_in', given)}, {made}, &{self._image(name + '_out', out)}"
+        if isinstance(step, Pool):
+            self.needed |= {"window", step.kind}
+            numbers = _numbers([*step.kernel, *step.stride, *step.padding])
+            self.tables.append(f"static const window {name} = {{{numbers}, {_float(step.scale)}}};")
+            return f"{step.kind}_pool({a}, {both}, &{name});"
+        assert isinstance(step, Elementwise)
+        self.needed.add(step.kind)
+        if step.kind == "relu":
+            return f"relu({a}, {both});"
+        if step.kind == "affine":
+            layer: dict[str, Any] = {"scale": self._table(f"{name}_scale", "float", step.scale)}
+            layer |= {"shift": self._table(f"{name}_shift", "float", step.shift), "clip": int(step.relu)}
+            layer |= {"given": _float(step.given_scale), "made": _float(step.out_scale)}
+            self.tables.append(f"static const scaling {name} = {{{_fields(layer)}}};")
+            return f"affine({a}, {both}, &{name});"
+        assert step.sum is not None
+        self.needed.add("settled")
+        numbers = f"{_float(step.sum.r1)}, {_float(step.sum.r2)}, {_float(step.sum.offset)}"
+        zeros = _numbers([given.zero, step.given[1].zero, step.sum.relu or step.relu])
+        self.tables.append(f"static const addition {name} = {{{numbers}, {zeros}}};")
+        first, images = both.split(", ", 1)
+        return f"add({a}, {first}, {self._place(step.given[1])}, {images}, &{name});"
+
+    def _conv(self, name: str, step: Product) -> str:
+        reach, tiling = Reach.of(step), Tiling.of(step)
+        given, out, own, add = step.given[0], step.out, step.own or step.out, step.sum
+        channel = given.plane if tiling.even else tiling.reached
+        groups = self._entries(name, entries(step, channel), step)
+        self.tile = max(self.tile, tiling.tile)
+        if not tiling.even:
+            self.scratch = max(self.scratch, given.channels * len(reach.phases) * channel)
+        layer: dict[str, Any] = self._shared(name, step) | {
+            "filters": len(step.weight), "groups": groups, "positions": tiling.positions, "tile": tiling.tile,
+            "before": tiling.before, "in_place": int(tiling.even), "channels": given.channels, "channel": channel,
+            "in_pitch": given.pitch, "in_plane": given.plane, "in_zero": given.zero, "phases": len(reach.phases),
+            "stride_y": step.stride[0], "stride_x": step.stride[1],
+            "phase": self._table(f"{name}_phase", "int16_t", _phases(step, reach)),
+            "pitch": out.pitch, "plane": out.plane, "zero": own.zero, "top": own.top,
+            "relu": int(step.relu if add is None or self.plan.integers else add.relu),
+        }  # fmt: skip
+        if add is not None:
+            layer |= {"add": 1, "own_first": int(add.own_first), "other_zero": add.other.zero}
+            layer |= {"add_zero": out.zero, "add_top": out.top, "add_relu": int(add.relu)}
+            layer |= {"r1": _float(add.r1), "r2": _float(add.r2), "offset": _float(add.offset)}
+        self.tables.append(f"static const conv_layer {name} = {{{_fields(layer)}}};")
+        self.needed |= {"conv", "settled"}
+        other = "0" if add is None else self._place(add.other)
+        return f"conv(&{name}, {self._place(given)}, &{self._image(name + '_out', out)}, {self._place(out)}, {other});"
+
+    def _linear(self, name: str, step: Product) -> str:
+        given, out = step.given[0], step.out
+        rows = step.weight.reshape(len(step.weight), -1)
+        places = [row.nonzero()[0] for row in rows]
+        self._entries(name, ((at * given.plane, row[at]) for at, row in zip(places, rows, strict=True)), step)
+        layer = self._shared(name, step) | {
+            "filters": len(step.weight), "in_zero": given.zero, "relu": int(step.relu),
+        }  # fmt: skip
+        self.tables.append(f"static const linear_layer {name} = {{{_fields(layer)}}};")
+        self.needed |= {"linear", "logits" if step.logits else "hidden"}
+        call = f"&{name}, {self._place(given)}, {self._place(out)}"
+        return f"linear_logits({call});" if step.logits else f"linear({call}, &{self._image(name + '_out', out)});"
+
+    def _shared(self, name: str, step: Product) -> dict[str, Any]:
+        kind = "int32_t" if self.plan.integers else "float"
+        found = {"gap": f"{name}_gap", "count": f"{name}_count", "weight": f"{name}_weight"}
+        found["bias"] = self._table(f"{name}_bias", kind, step.bias)
+        if step.scale is not None:
+            found["scale"] = self._table(f"{name}_scale", "float", step.scale)
+        return found
+
+    def _entries(self, name: str, rows: Iterable[tuple[NDArray[Any], NDArray[Any]]], step: Product) -> int:
+        """The tables of gaps, values and counts; returns the groups of a filter."""
+        exact = self.plan.integers and not step.linear  # linear layers add up integers
+        filters = []
+        for (offsets, values), bias in zip(rows, step.bias, strict=True):
+            cuts = _cuts(values, int(bias)) if exact else []
+            parts = zip(np.split(offsets, cuts), np.split(values, cuts), strict=True)
+            filters.append([_filled(*part) for part in parts])
+        groups = max(len(found) for found in filters)
+        self.wide = self.wide or groups > 1
+        nothing = [(np.zeros(0, np.int64), np.zeros(0, step.weight.dtype))]
+        flat = [group for found in filters for group in found + nothing * (groups - len(found))]
+        self._table(f"{name}_gap", "uint16_t", np.concatenate([gaps for gaps, _ in flat]))
+        self._table(f"{name}_weight", "tap", np.concatenate([values for _, values in flat]))
+        self._table(f"{name}_count", "int32_t", np.array([len(values) for _, values in flat]))
+        return groups
+
+    def _table(self, name: str, kind: str, values: NDArray[Any]) -> str:
+        size = 2 if kind in ("int16_t", "uint16_t") else 4
+        self.bytes[0] += values.size * (1 if kind == "tap" and self.plan.integers else size)
+        self.bytes[1] += values.size * size
+        flat = values.reshape(-1)
+        words = [str(int(v)) for v in flat] if flat.dtype.kind in "iu" else [_float(v) for v in flat]
+        words = words or ["0"]
+        self.tables.append(f"static const {kind} {name}[] = {{\n{_wrapped(words)}}};")
+        return name
+
+    def _image(self, name: str, value: Value) -> str:
+        numbers = [value.channels, value.height, value.width, value.pad, value.plane, value.zero, value.top]
+        self.tables.append(f"static const image {name} = {{{_numbers(numbers)}}};")
+        return name
+
+    def _place(self, value: Value) -> str:
+        return "logits" if value is self.plan.logits else f"arena + {value.place + value.lead}"
+
+    def _run(self) -> str:
+        image = self.plan.image
+        pixels = [*self.plan.input_shape, image.pad, image.plane, image.zero, image.top]
+        if self.plan.integers:
+            step = _float(np.float32(1 / LEVELS))
+            byte, real = "(cell)*pixels", f"(cell)between(nearest(*pixels / {step}), 0.0f, {LEVELS}.0f)"
+        else:
+            byte, real = "(float)*pixels / 255.0f", "*pixels"
+        return RUN.format(
+            image=_numbers(pixels), steps="\n    ".join(self.body), first=self._place(image), byte=byte, real=real
+        )
+
+    def _header(self, vector: int, scalar: int) -> str:
+        channels, height, width = self.plan.input_shape
+        kind = "8-bit integers, the same as the int8 ONNX file to the bit" if self.plan.integers else "32-bit floats"
+        return HEADER.format(
+            channels=channels, height=height, width=width, classes=self.plan.logits.channels, kind=kind,
+            vector=vector, scalar=scalar, tables=self.bytes[0], tables_vector=self.bytes[1], version=FORMAT,
+        )  # fmt: skip
+
+
+FORMAT = 1  # of the files: what a loader may rely on
+
+HEADER = """\
+/* A pruned image classifier, written by rprune: {kind}.
+
+   predict() takes {channels} channels, one after the other, of {height} rows of {width} bytes, 0..255, and writes
+   {classes} logits; the class is the index of the largest. predict_float() takes the same as floats in [0,1].
+   Normalisation is inside. Neither allocates nor fails; both work in static memory, so that only one call may run at a
+   time.
+
+   Compile with -O3 for the machine it runs on (-march=native, -mcpu=...), without -ffast-math. GCC and Clang use
+   vectors on x86-64 and 64-bit ARM; MODEL_SCALAR turns them off, and other compilers take plain C99. Integers give the
+   same results everywhere, floats the same up to rounding. */
+#ifndef RPRUNE_MODEL_H
+#define RPRUNE_MODEL_H
+
+#include <stdint.h>
+
+#define MODEL_FORMAT {version}
+#define MODEL_CHANNELS {channels}
+#define MODEL_HEIGHT {height}
+#define MODEL_WIDTH {width}
+#define MODEL_CLASSES {classes}
+
+/* Bytes of static memory, with vectors and without; less than 2,048 bytes of stack come to it. */
+#define MODEL_RAM_VECTOR {vector}
+#define MODEL_RAM_SCALAR {scalar}
+/* Bytes of constant tables: in flash, on a microcontroller. */
+#define MODEL_TABLES_VECTOR {tables_vector}
+#define MODEL_TABLES_SCALAR {tables}
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+void predict(const uint8_t *image, float *logits);
+void predict_float(const float *image, float *logits);
+#ifdef __cplusplus
+}}
+#endif
+#endif
+"""
+
+RUN = """\
+static void run(float *logits) {{
+    {steps}
+}}
+
+static const image given = {{{image}}};
+
+void predict(const uint8_t *pixels, float *logits) {{
+    cell *const first = {first};
+    ROWS(&given) {{
+        cell *row = row_of(first, &given, c, y);
+        for (int x = 0; x < given.width; x++, pixels++) row[x] = {byte};
+    }}
+    frame(first, &given);
+    run(logits);
+}}
+
+void predict_float(const float *pixels, float *logits) {{
+    cell *const first = {first};
+    ROWS(&given) {{
+        cell *row = row_of(first, &given, c, y);
+        for (int x = 0; x < given.width; x++, pixels++) row[x] = {real};
+    }}
+    frame(first, &given);
+    run(logits);
+}}
+"""
+
+
+def _fields(table: dict[str, Any]) -> str:
+    return ", ".join(f".{key} = {value}" for key, value in table.items())
+
+
+def _phases(step: Product, reach: Reach) -> NDArray[Any]:
+    """Of each phase: its first row and column in the input, and how many of its rows and columns are read."""
+    given, out = step.given[0], step.out
+    rows = [min(-(-(given.height - y) // step.stride[0]), out.height + reach.down) for y, _ in reach.phases]
+    columns = [min(-(-(given.width - x) // step.stride[1]), out.width + reach.extra) for _, x in reach.phases]
+    return np.array([[*phase, *sides] for phase, *sides in zip(reach.phases, rows, columns, strict=True)])
+
+
+def _filled(offsets: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Offsets as gaps of at most 65535; a filler of value 0 stands where one is wider."""
+    gaps = np.diff(offsets, prepend=0)
+    fillers = np.maximum(-(-gaps // LARGEST_GAP) - 1, 0)
+    last = np.cumsum(fillers + 1) - 1
+    found = np.full(len(gaps) + int(fillers.sum()), LARGEST_GAP, np.int64)
+    filled = np.zeros(len(found), values.dtype)
+    found[last] = gaps - fillers * LARGEST_GAP
+    filled[last] = values
+    return found, filled
+
+
+def _cuts(values: NDArray[Any], bias: int) -> list[int]:
+    """Where to part entries so that no part's sum passes 2^24, whatever the pixels are; the first takes in the bias."""
+    reach = LEVELS * np.abs(values).cumsum()
+    cuts: list[int] = []
+    base = -abs(bias)
+    while len(reach) and int(reach[-1]) - base >= EXACT:
+        cuts.append(int(np.searchsorted(reach, base + EXACT)))
+        base = int(reach[cuts[-1] - 1])
+    return cuts
+
+
+def _float(value: Any) -> str:
+    text = str(np.float32(value))
+    return f"{text}f" if any(mark in text for mark in ".e") else f"{text}.0f"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(str(int(value)) for value in values)
+
+
+def _wrapped(words: list[str]) -> str:
+    lines, line = [], ""
+    for word in words:
+        if len(line) + len(word) > A_LINE:
+            lines.append(line)
+            line = ""
+        line += word + ","
+    return "\n".join([*lines, line])

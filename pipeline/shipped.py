@@ -1,0 +1,169 @@
+"""Model files of any kind as what can be evaluated, attacked and certified: ONNX, C, and rprune's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rprune.attacks.suites import with_transfer
+from rprune.certification.smoothing import Smoothing
+from rprune.data.loaders import loader
+from rprune.errors import InputError, UsageError
+from rprune.evaluation.accuracy import classes_of
+from rprune.evaluation.certificates import certify_smoothing
+from rprune.evaluation.robustness import chosen, robustness
+from rprune.evaluation.target import Target
+from rprune.export.session import is_quantized
+from rprune.files import file_digest, read_json
+from rprune.pipeline.bench import Bench, Reporter, progress_of
+from rprune.pipeline.recipe import CertifyStage
+from rprune.pipeline.single import Request, open_data, open_model
+from rprune.pipeline.targets import CPU, of_artifact, of_file, sources_of
+from rprune.reports.schema import Role
+
+SHIPPED = (".onnx", ".c")
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A file ready to be attacked. ``note``: what the user should know of how it is searched."""
+
+    path: Path
+    bench: Bench
+    target: Target
+    role: Role
+    digest: str
+    gradient: str
+    verdict: str
+    note: str = ""
+
+
+def open_target(
+    path: Path, request: Request, reporter: Reporter, parents: Sequence[Path] = (), compiled: bool = False
+) -> Opened:
+    """A model file of any kind with its data and threat.
+
+    Beside a report (a bundle), an ONNX or C file needs no further word: data, threat and parents are found there.
+
+    Raises:
+        InputError: the file cannot be used, or does not go with the data.
+        UsageError: no data is named anywhere; a parent for a file of rprune's own.
+    """
+    if path.suffix in SHIPPED:
+        return _open_shipped(path, request, reporter, parents, compiled)
+    if parents:
+        raise UsageError("--parent is for ONNX and C files", "rprune's own files hold their float parent")
+    bench, artifact = open_model(path, request, reporter)
+    form, target = list(of_artifact(artifact, bench.device, compiled).items())[-1]
+    gradient = "8-bit simulation (straight-through) and float parent" if form == "8-bit" else "float model, folded"
+    if form == "8-bit":
+        bench.device = CPU  # where the simulation is exact
+    verdict = "the 8-bit simulation" if form == "8-bit" else "torch"
+    return Opened(path, bench, target, "weights", artifact.digest, gradient, f"{verdict} on {path.name}")
+
+
+def _open_shipped(path: Path, request: Request, reporter: Reporter, parents: Sequence[Path], compiled: bool) -> Opened:
+    report = path.with_name("report.json")
+    if request.arch is not None:
+        raise UsageError("--arch is for rprune's own files", "leave it out: the file holds its network")
+    guide, why = sources_of(path)
+    quantized = guide is not None and is_quantized(guide)
+    if report.is_file():
+        table = read_json(report, "report")
+        request = _completed(request, table)
+        beside = path.with_name("model.onnx")
+        if quantized and not parents and beside.is_file() and beside != path:
+            parents = (beside,)
+    bench = open_data(request, reporter)
+    bench.device = CPU
+    target, none = of_file(path, guide, tuple(parents), compiled)
+    why = why or none
+    _check_fits(path, target, bench)
+    name = "the file's own graph" if guide == path else f"the graph of {guide.name if guide else ''}"
+    gradient = f"{name} in torch" + (", straight-through" if quantized else "")
+    gradient += f", and {', '.join(parent.name for parent in parents)}" if parents else ""
+    note = "" if why is None else f"no gradients: {why}; only attacks without gradients and transfers run"
+    role: Role = "c" if path.suffix == ".c" else "onnx-int8" if quantized else "onnx"
+    verdict = f"{'compiled C' if role == 'c' else 'ONNX Runtime'} on {path.name}"
+    return Opened(path, bench, target, role, file_digest(path), gradient if why is None else "none", verdict, note)
+
+
+def _completed(request: Request, report: Any) -> Request:
+    """What the user did not say, from the report of the bundle that the file lies in."""
+    try:
+        data, threat = report["data"]["source"], report["threat"]
+        said = replace(request, data=request.data or data)
+        if request.eps is None and request.norm is None:
+            said = replace(said, norm=threat["norm"], eps=threat["eps"])
+    except (KeyError, TypeError):
+        return request
+    return said
+
+
+def _check_fits(path: Path, target: Target, bench: Bench) -> None:
+    """Raises InputError when images and logits of the file are not those of the data."""
+    data = bench.data
+    batch = loader(data.test, CPU).take(chosen(len(data.test), 1))
+    try:
+        classes = target.logits(batch.x).shape[1]
+    except Exception as error:  # ONNX Runtime's errors share no base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(f"{path} does not take images of {data.shape}: {reason}", "give the matching --data") from None
+    if classes != len(data.classes):
+        raise InputError(
+            f"{path} has {classes} classes, {data.source} has {len(data.classes)}", "give the matching --data"
+        )
+
+
+def targets_of(path: Path, request: Request, reporter: Reporter) -> tuple[Bench, dict[str, Target]]:
+    """The forms of a model file by name: float and 8-bit ones of rprune's own, else the file itself."""
+    if path.suffix in SHIPPED:
+        opened = _open_shipped(path, request, reporter, (), False)
+        return opened.bench, {path.suffix.removeprefix("."): opened.target}
+    bench, artifact = open_model(path, request, reporter)
+    return bench, of_artifact(artifact, bench.device)
+
+
+def measure(
+    bench: Bench, targets: dict[str, Target], split: str, suite_name: str | None, limit: int | None
+) -> list[dict[str, Any]]:
+    """Counts of clean and, with a suite, robust accuracy for each form."""
+    attacks = () if suite_name is None else bench.suite(suite_name)
+    rows = []
+    for form, target in targets.items():
+        data = loader(bench.data.split(split), bench.device if form == "float" else CPU)
+        found = robustness(
+            target, data, bench.threat, with_transfer(attacks) if target.parents else attacks, seed=bench.seed,
+            limit=limit, grid=False,
+            on_progress=lambda name, *counts, on=form: bench.reporter.progress(f"{name} on {on}", *counts),
+        )  # fmt: skip
+        rows.append({"metric": "clean_accuracy", "form": form, "correct": found.clean.correct, "n": found.clean.n})
+        if attacks:
+            robust = {"metric": "robust_accuracy", "form": form, "correct": found.correct, "n": found.clean.n}
+            rows.append(robust | {"suite": suite_name})
+    return rows
+
+
+def certify_file(opened: Opened, stage: CertifyStage) -> dict[str, Any]:
+    """Randomized smoothing of a file as it ships. Raises UsageError for bounds, which need rprune's own file."""
+    if stage.methods != ("smoothing",):
+        raise UsageError("an ONNX or C file can be certified by smoothing alone", "use --method smoothing")
+    started, bench = time.monotonic(), opened.bench
+    smoothing = Smoothing(sigma=stage.sigma, n0=stage.n0, n=stage.n, alpha=stage.alpha)
+    verdicts = certify_smoothing(
+        classes_of(opened.target.artifact), loader(bench.data.test, CPU), len(bench.data.classes), smoothing,
+        seed=bench.seed, limit=stage.smoothing_limit, on_progress=progress_of(bench, "smoothing"),
+    )  # fmt: skip
+    settings = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
+    return {
+        "file": {"name": opened.path.name, "sha256": opened.digest},
+        "form": opened.role,
+        "data": {"source": bench.data.source, "sha256": bench.data.test.digest},
+        "config": stage.model_dump(mode="json"),
+        "seed": bench.seed,
+        "smoothing": settings | {"samples": verdicts.rows()},
+        "seconds": time.monotonic() - started,
+    }
