@@ -1,7 +1,7 @@
 """HYDRA's table 11 on digits: bits of weights and activations against robust accuracy, dense and at sparsity 0.99.
 
-    python benchmarks/bits.py --work DIR         # see "seconds" in the result file; an interrupted run goes on in DIR
-    python benchmarks/bits.py --table            # prints the table of the committed result file
+    python benchmarks/bits.py --limit 200 --work DIR   # "seconds" in the result file; interrupted, it goes on in DIR
+    python benchmarks/bits.py --table                  # prints the table of the committed result file
 
 LeNet of width 8, PGD-AT, HARP at 0.99 and fine-tuning, then 12, 8, 6 and 4 bits by calibration (PTQ) and 8, 6 and 4 by
 training with the integers (QAT). The verdict is ONNX Runtime's over the int8 file up to 8 bits, the simulation's at 12.
@@ -41,7 +41,7 @@ def measure(seeds: tuple[int, ...], epochs: int, work: Path, limit: int | None) 
     for seed in seeds:
         rows += one(seed, epochs, work, limit)
     return {
-        "command": "python benchmarks/bits.py",
+        "command": "python benchmarks/bits.py" + ("" if limit is None else f" --limit {limit}"),
         "arch": f"{ARCH} of width {WIDTH}",
         "sparsity": SPARSITY,
         "epochs": epochs,
@@ -54,7 +54,7 @@ def measure(seeds: tuple[int, ...], epochs: int, work: Path, limit: int | None) 
 
 
 def one(seed: int, epochs: int, work: Path, limit: int | None) -> list[dict[str, Any]]:
-    """All rows of one seed. ``epochs`` train and fine-tune; a third of them prunes, and trains with integers."""
+    """All rows of one seed. ``epochs`` train and fine-tune; a third of them prunes, two thirds train with integers."""
     from rprune.pipeline.artifact import load_artifact, save_artifact
     from rprune.pipeline.bench import Bench, architecture
     from rprune.pipeline.quantizing import quantize
@@ -79,7 +79,7 @@ def one(seed: int, epochs: int, work: Path, limit: int | None) -> list[dict[str,
         for mode, bits in FORMS:
             stage = QuantizeStage(mode="ptq", bits=bits)
             if mode == "qat":
-                stage = QuantizeStage(mode="qat", bits=bits, epochs=third, lr=0.02)
+                stage = QuantizeStage(mode="qat", bits=bits, epochs=2 * third, lr=0.03)
             done = work / f"{ARCH}{WIDTH}-{epochs}-{seed}-{net}-{mode}{bits}-{limit}.json"
             if not done.exists():
                 started = time.monotonic()

