@@ -85,9 +85,9 @@ def attack(
 
 
 def _beside(model: Path, suite: str) -> Path:
-    """model.int8.onnx, aa-quant -> model.int8-aa-quant.attack"""
+    """model.int8.onnx, aa-quant -> model.int8-aa-quant.attack; model.c keeps its ending: model.onnx lies beside it."""
     name = model.resolve().name if not model.name else model.name
-    stem = name if model.is_dir() else name.removesuffix(model.suffix)
+    stem = name if model.is_dir() or model.suffix == ".c" else name.removesuffix(model.suffix)
     return model.with_name(f"{stem}-{re.sub(r'[^A-Za-z0-9.-]+', '-', suite)}.attack")
 
 

@@ -25,12 +25,13 @@ def bench(
     from rprune.pipeline.environment import environment
     from rprune.reports.text import size
 
+    sizes, counts = sizes_of(batches, "--batch-size"), core_counts(threads)
     files = runnable(artifacts)
     runs = [path for path in files if path.suffix != ".safetensors"]
     with ProgressLines(quiet or as_json) as reporter:
         footprints = [measured(path) for path in files]
         rows = latencies(
-            runs, batches=sizes_of(batches, "--batch-size"), threads=core_counts(threads), rounds=rounds, seed=seed,
+            runs, batches=sizes, threads=counts, rounds=rounds, seed=seed,
             on_progress=lambda done, total: reporter.progress("bench", done, None, total),
         )  # fmt: skip
     if as_json:
@@ -47,6 +48,7 @@ def bench(
         for row in rows
     ]  # fmt: skip
     columns = ["file", "runtime", "batch", "threads", "p50 ms", "p95 ms", "times as fast"]
-    print_table("latency; times as fast as ONNX Runtime on the float file", columns, table)
+    if rows:
+        print_table("latency; times as fast as ONNX Runtime on the float file", columns, table)
     if not quiet:
         note("ONNX Runtime computes with zeros as with other weights; the C form leaves them out, on one thread.")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, percent, print_json, print_table
+from rprune.cli.console import ProgressLines, note, percent, print_json, print_table
 
 
 def evaluate(
@@ -37,7 +37,9 @@ def evaluate(
         request = o.request(
             mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
         )
-        bench, targets = targets_of(model, request, reporter)
+        bench, targets, remark = targets_of(model, request, reporter)
+        if remark and suite is not None and not quiet:
+            note(remark)
         found = measure(bench, targets, split, suite, limit)
     if as_json:
         print_json({"model": str(model), "split": split, "threat": str(bench.threat), "results": found})
@@ -46,9 +48,8 @@ def evaluate(
     for row in found:
         low, high = clopper_pearson(row["correct"], row["n"])
         interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
-        rows.append(
-            [row["metric"], row["form"], percent(row["correct"] / row["n"]), interval, f"{row['correct']}/{row['n']}"]
-        )
+        value = percent(row["correct"] / row["n"]) + ("" if row.get("complete", True) else " INCOMPLETE")
+        rows.append([row["metric"], row["form"], value, interval, f"{row['correct']}/{row['n']}"])
     print_table(
         f"{model} on {bench.data.source}/{split}, {bench.threat}", ["", "form", "value", "95 % interval", "count"], rows
     )

@@ -17,11 +17,13 @@ def unpack(
     as_json: o.Json = False,
 ) -> None:
     """Restore the dense forms of a packed file, bit for bit; by default the ONNX file and the dense tensors."""
-    from rprune.files import refuse_overwrite
+    from rprune.errors import UsageError
     from rprune.pipeline.unpacking import unpacked
     from rprune.reports.text import size
 
-    refuse_overwrite(output, force)
+    if output.exists() and not (force and output.is_dir()):  # files in it are replaced, none is deleted
+        hint = ", or replace its files with --force" if output.is_dir() else ": it becomes a folder"
+        raise UsageError(f"{output} exists", f"choose another -o{hint}")
     chosen = None if formats is None else tuple(name.strip() for name in formats.split(","))
     written = unpacked(file, output, chosen)
     if as_json:

@@ -23,9 +23,13 @@ from numpy.typing import NDArray
 
 from rprune.errors import InputError, UsageError, WorkError
 from rprune.export.c.engine import CClassifier
-from rprune.export.session import OnnxClassifier, is_quantized
+from rprune.export.constants import Constants
+from rprune.export.session import OnnxClassifier, load_onnx
+from rprune.export.unpack import unpack
 
 BLOCK = 5  # timed calls of one runtime before the next one's turn
+WHOLE = sys.maxsize  # a batch is one call, however large
+PACKED = ".packed.safetensors"
 Images = NDArray[np.float32]
 
 
@@ -69,8 +73,8 @@ class OpenVino:
 
         core = openvino.Core()
         hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        self.input_shape = OnnxClassifier(path).input_shape  # which refuses what is not safe to run
         self._model = core.compile_model(str(path), "CPU", hints)
-        self.input_shape = OnnxClassifier(path).input_shape
 
     def logits(self, images: Images) -> NDArray[np.float32]:
         return np.asarray(self._model(images)[0])
@@ -82,7 +86,7 @@ def runtimes(path: Path, threads: int) -> dict[str, Callable[[], Classifier]]:
         return {"C": lambda: CClassifier(path)} if threads == 1 else {}
     if path.suffix != ".onnx":
         raise InputError(f"{path} cannot be run", "name .onnx files, model.c, or the folder of an export")
-    found: dict[str, Callable[[], Classifier]] = {"ONNX Runtime": lambda: OnnxClassifier(path, threads=threads)}
+    found: dict[str, Callable[[], Classifier]] = {"ONNX Runtime": lambda: OnnxClassifier(path, WHOLE, threads)}
     if importlib.util.find_spec("openvino"):
         found["OpenVINO"] = lambda: OpenVino(path, threads)
     return found
@@ -107,7 +111,7 @@ def runnable(artifacts: Sequence[Path]) -> list[Path]:
 
 
 def _known(path: Path) -> bool:
-    return path.suffix in (".onnx", ".c") or path.name.endswith(".packed.safetensors")
+    return path.suffix in (".onnx", ".c") or path.name.endswith(PACKED)
 
 
 def sizes_of(text: str, option: str) -> tuple[int, ...]:
@@ -143,12 +147,11 @@ def latencies(
     Raises InputError for files that cannot be run or differ in their images.
     """
     found: list[Latency] = []
+    threads = [count for count in threads if any(runtimes(path, count) for path in files)]
     done, total = 0, len(threads) * len(batches) * rounds
     for count in threads:
         loaded = {(path, name): load() for path in files for name, load in runtimes(path, count).items()}
         shapes = {tuple(classifier.input_shape) for classifier in loaded.values()}
-        if not loaded:
-            continue
         if len(shapes) > 1:
             raise InputError(
                 f"the files take images of different sizes: {sorted(shapes)}", "compare forms of one model"
@@ -182,19 +185,38 @@ def _rows(times: Mapping[tuple[Path, str], list[float]], batch: int, threads: in
 
 
 def is_dense(path: Path) -> bool:
-    """A float ONNX file."""
-    return path.suffix == ".onnx" and not is_quantized(path)
+    """A float ONNX file that holds its weights as they are, not to be expanded."""
+    if path.suffix != ".onnx":
+        return False
+    constants = Constants(load_onnx(path).graph)
+    weights = constants.weights().items()
+    return all(stored == value and constants.array(value).dtype.kind == "f" for stored, value in weights)
 
 
 def measured(path: Path) -> Footprint:
-    """The footprint of a file. Loading is measured in a fresh process, of a packed file too: there it is unpacking."""
+    """The footprint of a file. Loading is measured in a fresh process, of a packed file too: there it is unpacking.
+
+    Raises InputError for a file that cannot be used, WorkError where the process fails.
+    """
+    _load(path)  # says what is wrong with it; C is compiled, which is not loading
     content = path.read_bytes()
-    call = [sys.executable, "-m", "rprune.export.speed", str(path)]
+    call = [sys.executable, "-P", "-m", "rprune.export.speed", str(path)]
     done = subprocess.run(call, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         raise WorkError(f"cannot measure {path}: {reason[:200]}", "does 'rprune evaluate' run it?")
     return Footprint(path.name, len(content), len(zlib.compress(content, 9)), **json.loads(done.stdout))
+
+
+def _load(path: Path) -> Classifier | None:
+    """What runs a file; nothing of a packed one, which is unpacked."""
+    if not path.name.endswith(PACKED):
+        return next(iter(runtimes(path, 1).values()))()
+    try:
+        unpack(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", error.hint) from None
+    return None
 
 
 def _probe(path: Path) -> dict[str, Any]:
@@ -203,15 +225,9 @@ def _probe(path: Path) -> dict[str, Any]:
         import onnxruntime  # noqa: F401  importing is not loading
     before = _memory("VmRSS")
     started = time.perf_counter()
-    if path.suffix == ".safetensors":
-        from rprune.export.unpack import unpack
-
-        started = time.perf_counter()
-        unpack(path.read_bytes())
-        spent = time.perf_counter() - started
-    else:
-        classifier = next(iter(runtimes(path, 1).values()))()
-        spent = time.perf_counter() - started
+    classifier = _load(path)
+    spent = time.perf_counter() - started
+    if classifier is not None:
         classifier.logits(np.zeros((1, *classifier.input_shape), np.float32))
     return {"load_ms": round(1000 * spent, 3), "memory": max(0, _memory("VmHWM") - before)}
 

@@ -61,15 +61,18 @@ from rprune.reports.schema import (
 )
 
 LEDGER = ".ledger.jsonl"
+FORMS = [name for name, role in FILES.items() if role not in ("masks", "c-header")]  # of the whole network
 EVIDENCE: dict[str, Role] = dict.fromkeys(("evidence/samples.csv", "evidence/adversarial.safetensors"), "evidence")
 CONSTANT = (
     "The model predicts one class for every sample: it has learned nothing, and its certificates are trivially true."
 )
+SATURATES = (
+    "Claims on model.int8.onnx hold on x86 CPUs without VNNI only with ONNX Runtime's session option "
+    "session.x64quantprecision=1: their int8 kernels saturate otherwise."
+)
 LIMITATIONS = [
     "Empirical robust accuracy is an upper bound: a stronger attack may find more.",
     "Accuracies hold for the named test samples; the intervals cover sampling of those, not a shift of the data.",
-    "Claims on model.int8.onnx hold on x86 CPUs without VNNI only with ONNX Runtime's session option "
-    "session.x64quantprecision=1: their int8 kernels saturate otherwise.",
     "ONNX Runtime's dense kernels do not run faster on unstructured zeros; the C form (--format c) does.",
     "This report is self-attested: 'rprune verify' re-checks it.",
 ]
@@ -215,7 +218,7 @@ def _footprint(deployed: Deployed, weights: Mapping[str, NDArray[Any]], bench: B
     made = footprint(
         weights, places, side=side, dense_weights=dense, dense_parameters=shrunk[0] if shrunk else here,
         dense_macs=macs[0] if macs else sum(array.size * places[name] for name, array in weights.items()),
-        files={name: (out / name).stat().st_size for name in FILES if (out / name).exists()},
+        files={name: (out / name).stat().st_size for name in FORMS if (out / name).exists()},
     )  # fmt: skip
     return Footprint.model_validate(asdict(made))
 
@@ -292,7 +295,7 @@ def _report(
     result: Robustness,
     seconds: float,
 ) -> Report:
-    metadata, data = artifact.metadata, bench.data
+    metadata, data, integers = artifact.metadata, bench.data, facts["integers"]
     arch = metadata.arch
     entry = LineageEntry(
         stage="export",
@@ -333,6 +336,6 @@ def _report(
         size={"dense_float32_weights": 4 * parameters, **size},
         evidence=Evidence(witness_count=len(result.broken_ids)),
         environment=environment(str(bench.device)),
-        limitations=LIMITATIONS,
+        limitations=[*LIMITATIONS, *([SATURATES] if integers is not None and integers.saturating_pairs else [])],
         warnings=[CONSTANT] if int(torch.unique(result.clean.predicted).numel()) == 1 else [],
     )

@@ -118,19 +118,19 @@ def _check_fits(path: Path, target: Target, bench: Bench) -> None:
         )
 
 
-def targets_of(path: Path, request: Request, reporter: Reporter) -> tuple[Bench, dict[str, Target]]:
-    """The forms of a model file by name: float and 8-bit ones of rprune's own, else the file itself."""
+def targets_of(path: Path, request: Request, reporter: Reporter) -> tuple[Bench, dict[str, Target], str]:
+    """The forms of a model file by name, float and 8-bit ones of rprune's own, else the file itself; and the note."""
     if path.suffix in SHIPPED:
         opened = _open_shipped(path, request, reporter, (), False)
-        return opened.bench, {path.suffix.removeprefix("."): opened.target}
+        return opened.bench, {path.suffix.removeprefix("."): opened.target}, opened.note
     bench, artifact = open_model(path, request, reporter)
-    return bench, of_artifact(artifact, bench.device)
+    return bench, of_artifact(artifact, bench.device), ""
 
 
 def measure(
     bench: Bench, targets: dict[str, Target], split: str, suite_name: str | None, limit: int | None
 ) -> list[dict[str, Any]]:
-    """Counts of clean and, with a suite, robust accuracy for each form."""
+    """Counts of clean and, with a suite, robust accuracy for each form; "complete" where all its attacks could run."""
     attacks = () if suite_name is None else bench.suite(suite_name)
     rows = []
     for form, target in targets.items():
@@ -143,7 +143,7 @@ def measure(
         rows.append({"metric": "clean_accuracy", "form": form, "correct": found.clean.correct, "n": found.clean.n})
         if attacks:
             robust = {"metric": "robust_accuracy", "form": form, "correct": found.correct, "n": found.clean.n}
-            rows.append(robust | {"suite": suite_name})
+            rows.append(robust | {"suite": suite_name, "complete": found.complete})
     return rows
 
 

@@ -134,8 +134,9 @@ def run_single(
 
 
 def certificates_beside(model: Path) -> Path:
-    """Where ``certify`` writes and ``export`` looks."""
-    return model.with_name(f"{model.stem}.certificates.json")
+    """Where ``certify`` writes and, beside a file of rprune's own, ``export`` looks."""
+    stem = model.stem if model.suffix in (".pt", ".pth", ".safetensors") else model.name
+    return model.with_name(f"{stem}.certificates.json")
 
 
 def read_certificates(path: Path, artifact: Artifact, bench: Bench) -> dict[str, Any]:

@@ -147,13 +147,14 @@ class QMatmul(nn.Module):
     def _product(self, q: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(q, weight, bias) if self.conv is None else F.conv2d(q, weight, bias, **self.conv)
 
+    def multiplier(self) -> Float[Tensor, " o"]:
+        """What brings accumulators to the steps of the output, or to real logits."""
+        real = self.weight_scale * torch.tensor(self.given.scale, dtype=torch.float32)
+        return real if self.out is None else real / torch.tensor(self.out.scale, dtype=torch.float32)
+
     def _finish(self, accumulator: Tensor) -> Tensor:
-        real_scale = self.weight_scale * torch.tensor(self.given.scale, dtype=torch.float32)
-        shape = (-1,) if self.conv is None else (-1, 1, 1)
-        if self.out is None:
-            return accumulator.float() * real_scale.view(shape)
-        scaled = accumulator.float() * (real_scale / torch.tensor(self.out.scale, dtype=torch.float32)).view(shape)
-        return self.out.integers(scaled, self.relu)
+        scaled = accumulator.float() * self.multiplier().view((-1,) if self.conv is None else (-1, 1, 1))
+        return scaled if self.out is None else self.out.integers(scaled, self.relu)
 
 
 def largest_accumulator(weight: Int[Tensor, "o ..."], bias: Int32[Tensor, " o"], top: int = LEVELS) -> int:
@@ -200,9 +201,12 @@ class QAvgPool(nn.Module):
             total = centred.sum((2, 3), keepdim=True)
         else:
             total = F.avg_pool2d(centred, (height, width), self.source.stride, divisor_override=1)
-        f32 = torch.float32
-        scale = torch.tensor(self.given.scale, dtype=f32) / (count * torch.tensor(self.out.scale, dtype=f32))
-        return self.out.integers(total.float() * scale.to(q.device))
+        return self.out.integers(total.float() * self.multiplier(count).to(q.device))
+
+    def multiplier(self, count: int) -> Float[Tensor, ""]:
+        """What brings sums of ``count`` integers to the steps of the output."""
+        given, out = (torch.tensor(scale, dtype=torch.float32) for scale in (self.given.scale, self.out.scale))
+        return given / (count * out)
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return self(lo).to(lo.dtype), self(hi).to(hi.dtype)

@@ -13,10 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = [*ROOT.glob("*/__init__.py"), *ROOT.glob("export/*/__init__.py")]
 
 
 def test_the_package_list_is_what_lies_on_disk():
-    folders = {f"rprune.{path.parent.name}" for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"}
+    places = (path.parent.relative_to(ROOT) for path in PACKAGES)
+    folders = {".".join(("rprune", *place.parts)) for place in places}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == {"rprune"} | folders
 
 
@@ -43,10 +45,10 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path):
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("rprune-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    packages = [ROOT, *(p.parent for p in ROOT.glob("*/__init__.py"))]
+    packages = [ROOT, *(path.parent for path in PACKAGES)]
     wanted = {f"rprune/{path.relative_to(ROOT)}" for folder in packages for path in folder.glob("*.py")}
     wanted |= {f"rprune/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").glob("*.toml")}
-    wanted |= {"rprune/py.typed", "rprune/reports/report.html.j2"}
+    wanted |= {"rprune/py.typed", "rprune/reports/report.html.j2", "rprune/export/c/kernels.c"}
     assert wanted <= names
     assert {name.partition("/")[0] for name in names} == {"rprune", f"rprune-{wheel.name.split('-')[1]}.dist-info"}
 

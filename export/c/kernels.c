@@ -2,7 +2,7 @@
    cells that stand for the end of this row and the start of the next, and behind each plane border rows. A kernel entry
    is then one offset, the same for all positions, and a convolution a sum of shifted, contiguous runs of cells. */
 
-#if defined(__FAST_MATH__)
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__)
 #error "-ffast-math changes results: compile without it"
 #endif
 #if defined(__GNUC__) && !defined(MODEL_SCALAR) && (defined(__SSE2__) || defined(__aarch64__))
@@ -25,9 +25,9 @@ typedef float tap;
 #define ZERO(point) 0
 #endif
 #if MODEL_INTEGERS
-typedef int32_t bias_t;
+typedef int32_t exact; /* however large */
 #else
-typedef float bias_t;
+typedef float exact;
 #endif
 
 typedef struct {
@@ -71,7 +71,10 @@ static inline float fused(float a, float b, float c) { /* rounded once */
     return (float)((double)a * (double)b + (double)c);
 #endif
 }
-static inline float between(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+static inline float between(float x, float low, float high) { /* no number becomes low: bytes hold none */
+    const float least = x > low ? x : low;
+    return least < high ? least : high;
+}
 
 /* x in steps of the output to a cell: rounded, from the zero point on with clip, else from 0, up to top */
 static inline cell integer(float x, int zero, int top, int clip) {
@@ -94,12 +97,13 @@ typedef struct {
     const uint16_t *gap;
     const int32_t *count;
     const tap *weight;
-    const bias_t *bias;
+    const exact *bias;
     const float *scale;
     int filters, groups, positions, tile, before;
     /* what is read: the planes themselves, or phases of them, images of every so-many-th row and column */
     int in_place, channels, channel, in_pitch, in_plane, in_zero, phases, stride_y, stride_x;
     const int16_t *phase; /* of each: first row and column, rows and columns */
+    const uint8_t *read;  /* of each channel's phases: does any entry read it? */
     int pitch, plane, zero, top, relu;
     int add, own_first, other_zero, add_zero, add_top, add_relu; /* a residual sum: first * r1 + (second * r2 + offset) */
     float r1, r2, offset;
@@ -117,12 +121,15 @@ static int32_t total[MODEL_TILE];
 #if defined(__AVX512F__)
 #define LANES 16
 #define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #elif defined(__AVX__)
 #define LANES 8
 #define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
 #else
 #define LANES 4
 #define EVENS 0, 2, 4, 6
+#define LANE_NUMBERS 0, 1, 2, 3
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -223,27 +230,38 @@ static void taps(const conv_layer *l, const cell *from, const uint16_t *gap, con
 }
 #endif
 
-/* The phases of an input, each with the cells that are read before its first row and behind its last. */
+/* The phases of an input that some entry reads, each with the border cells before its first row and behind its last. */
 static void split(const conv_layer *l, const cell *in) {
     const cell border = (cell)ZERO(l->in_zero);
+    const uint8_t *read = l->read;
     cell *to = scratch;
     for (int c = 0; c < l->channels; c++, in += l->in_plane) {
-        for (int p = 0; p < l->phases; p++) {
+        for (int p = 0; p < l->phases; p++, to += l->channel) {
             const int rows = l->phase[4 * p + 2], columns = l->phase[4 * p + 3];
             const cell *from = in + l->phase[4 * p] * l->in_pitch + l->phase[4 * p + 1];
             cell *const end = to + l->channel, *row = to + l->before;
-            while (to < row) *to++ = border;
-            for (int y = 0; y < rows; y++, from += l->stride_y * l->in_pitch, row += l->pitch) {
+            if (!*read++) continue;
 #if VECTOR
-                if (l->stride_x == 2) /* over the end of the row, where the next one follows */
-                    for (int x = 0; x < columns; x += LANES)
+            if (l->stride_x == 2) { /* whole vectors, over the end of what they fill, where the next ones follow */
+                const bits kept = (bits){LANE_NUMBERS} < (columns - 1) % LANES + 1;
+                const int whole = columns - 1 - (columns - 1) % LANES;
+                for (cell *at = to; at < row; at += LANES) AT(at) = (vec){0};
+                for (int y = 0; y < rows; y++, from += l->stride_y * l->in_pitch, row += l->pitch) {
+                    for (int x = 0; x < whole; x += LANES)
                         AT(row + x) = EVEN(READ(from + 2 * x), READ(from + 2 * x + LANES));
-                else
+                    AT(row + whole) = (vec)((bits)EVEN(READ(from + 2 * whole), READ(from + 2 * whole + LANES)) & kept);
+                    for (int x = whole + LANES; x < l->pitch; x++) row[x] = border;
+                }
+                for (; row < end; row += LANES) AT(row) = (vec){0};
+                continue;
+            }
 #endif
-                    for (int x = 0; x < columns; x++) row[x] = from[x * l->stride_x];
+            for (cell *at = to; at < row; at++) *at = border;
+            for (int y = 0; y < rows; y++, from += l->stride_y * l->in_pitch, row += l->pitch) {
+                for (int x = 0; x < columns; x++) row[x] = from[x * l->stride_x];
                 for (int x = columns; x < l->pitch; x++) row[x] = border;
             }
-            for (to = row; to < end; to++) *to = border;
+            for (; row < end; row++) *row = border;
         }
     }
 }
@@ -328,21 +346,16 @@ typedef struct {
     const uint16_t *gap;
     const int32_t *count;
     const tap *weight;
-    const bias_t *bias;
+    const exact *bias;
     const float *scale;
     int filters, in_zero, relu;
 } linear_layer;
 
-#if MODEL_INTEGERS
-typedef int32_t linear_sum;
-#else
-typedef float linear_sum;
-#endif
-static linear_sum product(const linear_layer *l, const cell *in, const uint16_t **gap, const tap **weight, int filter) {
-    linear_sum found = l->bias[filter];
+static exact product(const linear_layer *l, const cell *in, const uint16_t **gap, const tap **weight, int filter) {
+    exact found = l->bias[filter];
     for (int k = 0; k < l->count[filter]; k++) {
         in += *(*gap)++;
-        found += (linear_sum)*(*weight)++ * ((linear_sum)*in - (linear_sum)ZERO(l->in_zero));
+        found += (exact)*(*weight)++ * ((exact)*in - (exact)ZERO(l->in_zero));
     }
     return found;
 }
@@ -352,7 +365,7 @@ static void linear(const linear_layer *l, const cell *in, cell *out, const image
     const uint16_t *gap = l->gap;
     const tap *weight = l->weight;
     for (int filter = 0; filter < l->filters; filter++) {
-        const linear_sum found = product(l, in, &gap, &weight, filter);
+        const exact found = product(l, in, &gap, &weight, filter);
 #if MODEL_INTEGERS
         out[filter * to->plane] = integer((float)found * l->scale[filter], to->zero, to->top, l->relu);
 #else
@@ -471,11 +484,11 @@ static void average_pool(cell *in, const image *from, cell *out, const image *to
         cell *made = row_of(out, to, c, y);
         for (int x = 0; x < to->width; x++) {
             const cell *given = row_of(in, from, c, y * w->stride_y) + x * w->stride_x;
-            sum found = 0;
+            exact found = 0;
             for (int i = 0; i < w->height; i++)
-                for (int j = 0; j < w->width; j++) found += (sum)given[i * pitch + j];
+                for (int j = 0; j < w->width; j++) found += (exact)given[i * pitch + j];
 #if MODEL_INTEGERS
-            found -= (sum)(w->height * w->width * ZERO(from->zero));
+            found -= w->height * w->width * ZERO(from->zero);
             made[x] = integer((float)found * w->scale, to->zero, to->top, 0);
 #else
             made[x] = found * w->scale;

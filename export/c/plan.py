@@ -104,8 +104,10 @@ class Product(Step):
 
     @property
     def linear(self) -> bool:
-        sides = self.given[0].height, self.given[0].width, *self.weight.shape[2:]
-        return all(side == 1 for side in sides)
+        """Is there one position, of which every output may read every input?"""
+        images = self.given[0], self.out
+        sides = *self.weight.shape[2:], *(side for image in images for side in (image.height, image.width))
+        return self.groups == 1 and all(side == 1 for side in sides)
 
 
 @dataclass(eq=False)
@@ -159,9 +161,12 @@ class Plan:
 def plan_of(network: fx.GraphModule, input_shape: tuple[int, int, int]) -> Plan:
     """The plan of a float network from ``trace`` or ``compact``, or of an 8-bit one from ``simulated``.
 
-    Raises InputError for an 8-bit network of other than 8 bits an activation, and for a layer with no C form.
+    Raises InputError for integers beyond 8 bits, for a result that is no vector, and for a layer with no C form.
     """
     note_shapes(network, input_shape)
+    result = shape_of(output_of(network))
+    if len(result) != 2:
+        raise InputError(f"the model returns images of {result[1:]}, not logits", "end it with nn.Flatten()")
     planner = _Planner(network)
     plan = planner.plan(input_shape)
     _fuse(plan)
@@ -190,6 +195,8 @@ class _Planner:
         given = tuple(self.values[source] for source in node.args if isinstance(source, fx.Node))
         if isinstance(module, QInput):
             return given[0]
+        if isinstance(module, nn.Linear) and (given[0].height, given[0].width) != (1, 1):
+            raise InputError(f"{node.target}: a linear layer on an image has no C form", "flatten the image before it")
         if isinstance(module, QOutput):
             return self._add(Dequantize(given, self._value(node), module.given.scale))
         make = self._integer_step if self.integers else self._float_step
@@ -200,6 +207,8 @@ class _Planner:
         return step.out
 
     def _value(self, node: fx.Node, scale: Scale | None = None) -> Value:
+        if scale is not None and scale.top > LEVELS:
+            raise InputError("integers beyond 8 bits have no C form", "quantize with --bits 8 or less")
         _, channels, height, width = (*shape_of(node), 1, 1)[:4]
         return Value(channels, height, width, *(() if scale is None else (scale.zero_point, scale.top)))
 
@@ -223,10 +232,9 @@ class _Planner:
         if isinstance(module, QMatmul):
             out = self._value(node, module.out)
             weight, bias = (_array(v, np.int64) for v in (module.weight, module.bias))
-            options = {} if module.conv is None else {name: module.conv[name] for name in module.conv}
             return Product(
-                given, out, _four(weight), bias, module.relu, **_pairs(options),
-                scale=_array(_multiplier(module)), logits=module.out is None,
+                given, out, _four(weight), bias, module.relu, **_pairs(module.conv or {}),
+                scale=_array(module.multiplier()), logits=module.out is None,
             )  # fmt: skip
         if isinstance(module, QAdd):
             out = self._value(node, module.out)
@@ -243,7 +251,7 @@ class _Planner:
             kernel, stride = _window(module.source, given[0])
             return Pool(
                 given, self._value(node, module.out), "average", kernel, stride,
-                scale=_pool_multiplier(module, math.prod(kernel)),
+                scale=float(module.multiplier(math.prod(kernel))),
             )  # fmt: skip
         assert isinstance(module, QKeep)
         return self._keep(module.source, given, self._value(node, module.given))
@@ -394,14 +402,15 @@ class Tiling:
 
     positions: int
     tile: int
+    rows: int  # cells of the output's rows
     before: int
     after: int
     even: bool
 
     @property
     def reached(self) -> int:
-        """Cells of one channel, or of one phase of it, that are read."""
-        return self.before + -(-self.positions // self.tile) * self.tile + self.after + LANES
+        """Cells of one channel, or of one phase of it, that are read; they hold its last row to the end."""
+        return self.before + max(self.rows, -(-self.positions // self.tile) * self.tile) + self.after + LANES
 
     @classmethod
     def of(cls, step: Product) -> Tiling:
@@ -419,7 +428,7 @@ class Tiling:
 
         most = min(LARGEST_TILE, -(-positions // LANES) * LANES)
         tile = min(range(LANES, most + 1, LANES), key=cost)
-        return cls(positions, tile, before, after, reach.even(step))
+        return cls(positions, tile, out.height * out.pitch, before, after, reach.even(step))
 
 
 def entries(step: Product, channel: int) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
@@ -487,17 +496,3 @@ def _four(weight: NDArray[Any]) -> NDArray[Any]:
 
 def _array(values: Tensor, dtype: Any = np.float32) -> NDArray[Any]:
     return values.detach().cpu().numpy().astype(dtype)
-
-
-def _multiplier(module: QMatmul) -> Tensor:
-    import torch
-
-    real = module.weight_scale * torch.tensor(module.given.scale, dtype=torch.float32)
-    return real if module.out is None else real / torch.tensor(module.out.scale, dtype=torch.float32)
-
-
-def _pool_multiplier(module: QAvgPool, count: int) -> float:
-    import torch
-
-    f32 = torch.float32
-    return float(torch.tensor(module.given.scale, dtype=f32) / (count * torch.tensor(module.out.scale, dtype=f32)))

@@ -136,6 +136,7 @@ class _Writer:
             "in_pitch": given.pitch, "in_plane": given.plane, "in_zero": given.zero, "phases": len(reach.phases),
             "stride_y": step.stride[0], "stride_x": step.stride[1],
             "phase": self._table(f"{name}_phase", "int16_t", _phases(step, reach)),
+            "read": self._table(f"{name}_read", "uint8_t", _read(step, reach)),
             "pitch": out.pitch, "plane": out.plane, "zero": own.zero, "top": own.top,
             "relu": int(step.relu if add is None or self.plan.integers else add.relu),
         }  # fmt: skip
@@ -187,7 +188,7 @@ class _Writer:
         return groups
 
     def _table(self, name: str, kind: str, values: NDArray[Any]) -> str:
-        size = 2 if kind in ("int16_t", "uint16_t") else 4
+        size = {"uint8_t": 1, "int16_t": 2, "uint16_t": 2}.get(kind, 4)
         self.bytes[0] += values.size * (1 if kind == "tap" and self.plan.integers else size)
         self.bytes[1] += values.size * size
         flat = values.reshape(-1)
@@ -306,6 +307,14 @@ def _phases(step: Product, reach: Reach) -> NDArray[Any]:
     rows = [min(-(-(given.height - y) // step.stride[0]), out.height + reach.down) for y, _ in reach.phases]
     columns = [min(-(-(given.width - x) // step.stride[1]), out.width + reach.extra) for _, x in reach.phases]
     return np.array([[*phase, *sides] for phase, *sides in zip(reach.phases, rows, columns, strict=True)])
+
+
+def _read(step: Product, reach: Reach) -> NDArray[Any]:
+    """Of each channel's phases: does a weight that is not zero read it?"""
+    filters, fan_in = step.weight.shape[:2]
+    alive = step.weight.reshape(step.groups, filters // step.groups, fan_in, -1).any(1).reshape(-1, len(reach.taps))
+    phases = [[tap[:2] == phase for tap in reach.taps.values()] for phase in reach.phases]
+    return np.array([(alive & np.array(taps)).any(1) for taps in phases]).T.astype(np.uint8)
 
 
 def _filled(offsets: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -104,3 +104,24 @@ def contents():
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     return read
+
+
+@pytest.fixture
+def c_cache(tmp_path_factory, monkeypatch):
+    """Compiled C goes to a folder of the tests' own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
+
+
+@pytest.fixture(scope="session")
+def bundle(chain, tmp_path_factory):
+    """The chain's model in every form, as exported; nothing may be written into it."""
+    folder = tmp_path_factory.mktemp("bundle")
+    forms = "safetensors,onnx,onnx-int8,onnx-compact,packed,c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
+        said = _call(
+            "export", chain / "model-lwm-0.5-finetuned-int8.pt", "-o", "out", "--format", forms, "--suite", "fgsm",
+            "--limit", 40, "--no-health", "-q", cwd=folder,
+        )  # fmt: skip
+    assert said.code == 0, said.err
+    return folder / "out"
