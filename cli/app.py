@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -97,18 +97,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("RPRUNE_DEBUG"):
             traceback.print_exc()
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "torchvision"):
+            _internal(error)
+        print_error(RpruneError(f"this command needs {error.name}", "pip install rprune brings it"))
+        sys.exit(3)
     except Exception as error:
         if _out_of_memory(error):
             print_error(RpruneError("out of memory", "use a smaller --batch-size"))
             sys.exit(4)
-        print_error(
-            RpruneError(
-                f"internal error: {type(error).__name__}: {error}", "RPRUNE_DEBUG=1 shows where; please report it"
-            )
-        )
-        if os.environ.get("RPRUNE_DEBUG"):
-            traceback.print_exc()
-        sys.exit(RpruneError.exit_code)
+        _internal(error)
+
+
+def _internal(error: Exception) -> NoReturn:
+    hint = "RPRUNE_DEBUG=1 shows where; please report it"
+    print_error(RpruneError(f"internal error: {type(error).__name__}: {error}", hint))
+    if os.environ.get("RPRUNE_DEBUG"):
+        traceback.print_exc()
+    sys.exit(RpruneError.exit_code)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -38,9 +38,9 @@ def evaluate(
             mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
         )
         bench, targets, remark = targets_of(model, request, reporter)
-        if remark and suite is not None and not quiet:
-            note(remark)
         found = measure(bench, targets, split, suite, limit)
+    if remark and suite is not None and not quiet:
+        note(remark)
     if as_json:
         print_json({"model": str(model), "split": split, "threat": str(bench.threat), "results": found})
         return

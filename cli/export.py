@@ -37,12 +37,14 @@ def export(
     quiet: o.Quiet = False,
 ) -> None:
     """Write safetensors and ONNX files, check each against its source, attack them, and report."""
+    from rprune.export.c.engine import stated
     from rprune.files import refuse_overwrite, remove_result
     from rprune.pipeline.bundle import Source
     from rprune.pipeline.bundle import export as run_export
     from rprune.pipeline.recipe import ExportStage, validated
     from rprune.pipeline.single import Request, certificates_beside, open_model, read_certificates
     from rprune.reports.gate import read_policy
+    from rprune.reports.text import size
 
     chosen = None if formats is None else [name.strip() for name in formats.split(",")]
     table = o.given(formats=chosen, compact=compact, bench=bench, suite=suite, limit=limit, health=health)
@@ -66,5 +68,9 @@ def export(
         print_json(report.to_json())
         return
     print_report(report, str(output))
+    if (output / "model.c").exists():
+        needs = stated(output / "model.c")
+        note(f"model.c needs {size(needs['RAM_VECTOR'])} of RAM; without vectors {size(needs['RAM_SCALAR'])}, "
+             f"and {size(needs['TABLES_SCALAR'])} of tables")  # fmt: skip
     if not quiet:
         note(f"Next: rprune verify {output}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import rprune
+from rprune.attacks.base import Attack
 from rprune.attacks.suites import HARP_EPS, TABLES, with_transfer
 from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
@@ -89,7 +90,7 @@ def check_plan(plan: Plan, opened: Opened) -> None:
     """
     name = plan.suite_for(opened)
     for suite in TABLES.get(name, {name: name}).values():
-        planned(opened.bench.suite(suite), opened.target)
+        planned(_attacks(opened, suite), opened.target)
     total = len(opened.bench.data.test)
     if not len(chosen(total, plan.limit, plan.shard)):
         part, n = f"{plan.shard[0] + 1}/{plan.shard[1]}", min(total, plan.limit or total)
@@ -126,6 +127,11 @@ def attack_file(opened: Opened, plan: Plan, out: Path) -> Result:
     return result
 
 
+def _attacks(opened: Opened, suite: str) -> tuple[Attack, ...]:
+    attacks = opened.bench.suite(suite)
+    return with_transfer(attacks) if opened.target.parents else attacks
+
+
 def _threats(name: str, threat: ThreatModel) -> list[ThreatModel]:
     """HARP's table is shown with the eps of its text and with the one of its code."""
     if name == "harp-table" and threat.norm == "linf" and threat.eps == 8 / 255:
@@ -135,9 +141,7 @@ def _threats(name: str, threat: ThreatModel) -> list[ThreatModel]:
 
 def _column(opened: Opened, plan: Plan, out: Path, column: str, suite: str, threat: ThreatModel) -> Column:
     bench, target = opened.bench, opened.target
-    attacks = bench.suite(suite)
-    if target.parents:
-        attacks = with_transfer(attacks)
+    attacks = _attacks(opened, suite)
     test = loader(bench.data.test, bench.device)
     key = ledger_key(
         f"{opened.digest}/{opened.role}", bench.data.test.digest, threat, attacks, bench.seed, bench.device.type

@@ -33,12 +33,13 @@ def environment(device: str) -> dict[str, Any]:
 
 @cache
 def source_digest() -> str:
-    """sha256 over rprune's own Python files: results made by other code are not reused."""
+    """sha256 over rprune's own source files: results made by other code are not reused."""
     root = Path(rprune.__file__).parent
     sha = hashlib.sha256()
     # the root is a checkout in development: only package folders count, not tests or environments
-    for folder in sorted({root, *(p.parent for p in root.glob("*/__init__.py"))}):
-        for path in sorted(folder.glob("*.py")):
+    packages = (*root.glob("*/__init__.py"), *root.glob("export/*/__init__.py"))
+    for folder in sorted({root, *(p.parent for p in packages)}):
+        for path in sorted([*folder.glob("*.py"), *folder.glob("*.c")]):
             sha.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return sha.hexdigest()
 

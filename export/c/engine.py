@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,10 @@ void predict_batch(const float *images, float *logits, int count) {
         predict_float(images, logits);
 }
 """
-HEADER = re.compile(r"^#define MODEL_(FORMAT|CHANNELS|HEIGHT|WIDTH|CLASSES) (\d{1,7})$", re.MULTILINE)
+LOCKS: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # a library's memory is static and there once
+INCLUDE = re.compile(r'^#include "([\w.-]{1,100})"$', re.MULTILINE)
+NEEDED = ("FORMAT", "CHANNELS", "HEIGHT", "WIDTH", "CLASSES", "RAM_VECTOR", "RAM_SCALAR", "TABLES_SCALAR")
+HEADER = re.compile(rf"^#define MODEL_({'|'.join(NEEDED)}) (\d{{1,10}})$", re.MULTILINE)
 
 
 class CClassifier:
@@ -49,15 +53,16 @@ class CClassifier:
     def __init__(self, path: Path, flags: tuple[str, ...] = FLAGS) -> None:
         self.path = path
         header = _read(path.with_suffix(".h"))
-        sizes = {name: int(value) for name, value in HEADER.findall(header)}
-        if len(sizes) != 5 or sizes["FORMAT"] != 1:
-            raise InputError(f"{path.with_suffix('.h')} is no header of rprune's", "export the model again: --format c")
+        sizes = stated(path)
         self.input_shape = sizes["CHANNELS"], sizes["HEIGHT"], sizes["WIDTH"]
         self.classes = sizes["CLASSES"]
-        library = ctypes.CDLL(str(compiled(path, header, flags)))
-        self._batch = library.predict_batch
+        library = compiled(path, header, flags)
+        try:
+            self._batch = ctypes.CDLL(str(library)).predict_batch
+        except OSError as error:
+            raise WorkError(f"cannot load {library}: {error}", "set XDG_CACHE_HOME to where code may run") from None
         self._batch.restype = None
-        self._lock = threading.Lock()  # its memory is static
+        self._lock = LOCKS[library]
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         if images.shape[1:] != self.input_shape:
@@ -72,6 +77,18 @@ class CClassifier:
         """Class of the largest logit, the first of equals; -1, wrong for every label, where logits are not numbers."""
         logits = self.logits(images)
         return np.where(np.isnan(logits).any(1), -1, logits.argmax(1))
+
+
+def stated(path: Path) -> dict[str, int]:
+    """What ``model.h`` beside a source says: sizes of images, classes, bytes of memory and tables.
+
+    Raises InputError when it is not there, or no header of rprune's.
+    """
+    header = path.with_suffix(".h")
+    found = {name: int(value) for name, value in HEADER.findall(_read(header))}
+    if len(found) != len(NEEDED) or found["FORMAT"] != 1:
+        raise InputError(f"{header} is no header of rprune's", "export the model again: --format c")
+    return found
 
 
 def compiler() -> list[str]:
@@ -95,9 +112,17 @@ def compiled(path: Path, header: str, flags: tuple[str, ...]) -> Path:
     target = folder / f"{key}.so"
     if target.is_file():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        (Path(work) / path.with_suffix(".h").name).write_text(header)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise WorkError(
+            f"cannot write in {folder}: {error.strerror}", "set XDG_CACHE_HOME to a folder of yours"
+        ) from None
+    with made as work:
+        # under the name that the source includes: both may have been renamed
+        name = INCLUDE.search(source)
+        (Path(work) / (name[1] if name else "model.h")).write_text(header)
         (Path(work) / "source.c").write_text(source + BATCH)
         built = Path(work) / "model.so"
         try:

@@ -11,21 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from rprune.export.c.plan import (
-    LANES,
-    Dequantize,
-    Elementwise,
-    Flatten,
-    Plan,
-    Pool,
-    Product,
-    Reach,
-    Step,
-    Tiling,
-    Value,
-    entries,
-    plan_of,
-)
+from rprune.export.c.layout import LANES, Reach, Tiling, entries
+from rprune.export.c.plan import plan_of
+from rprune.export.c.steps import Dequantize, Elementwise, Flatten, Plan, Pool, Product, Step, Value
+from rprune.export.c.templates import HEADER, RUN
 from rprune.quantization.simulate import LEVELS
 
 EXACT = 1 << 24  # integers below it are exact in float32
@@ -67,7 +56,6 @@ class _Writer:
         source = "\n".join(
             [
                 f'#include "{self.name}.h"', "",
-                f"#define MODEL_INTEGERS {int(self.plan.integers)}",
                 f"#define MODEL_WIDE {int(self.wide)}",
                 f"#define MODEL_ARENA {self.plan.arena + OVER}",
                 f"#define MODEL_SCRATCH {self.scratch + OVER}",
@@ -126,7 +114,7 @@ class _Writer:
         reach, tiling = Reach.of(step), Tiling.of(step)
         given, out, own, add = step.given[0], step.out, step.own or step.out, step.sum
         channel = given.plane if tiling.even else tiling.reached
-        groups = self._entries(name, entries(step, channel), step)
+        groups, filled = self._entries(name, entries(step, channel), step)
         self.tile = max(self.tile, tiling.tile)
         if not tiling.even:
             self.scratch = max(self.scratch, given.channels * len(reach.phases) * channel)
@@ -136,7 +124,7 @@ class _Writer:
             "in_pitch": given.pitch, "in_plane": given.plane, "in_zero": given.zero, "phases": len(reach.phases),
             "stride_y": step.stride[0], "stride_x": step.stride[1],
             "phase": self._table(f"{name}_phase", "int16_t", _phases(step, reach)),
-            "read": self._table(f"{name}_read", "uint8_t", _read(step, reach)),
+            "read": self._table(f"{name}_read", "uint8_t", _read(step, reach) | filled),  # fillers read anything
             "pitch": out.pitch, "plane": out.plane, "zero": own.zero, "top": own.top,
             "relu": int(step.relu if add is None or self.plan.integers else add.relu),
         }  # fmt: skip
@@ -170,8 +158,8 @@ class _Writer:
             found["scale"] = self._table(f"{name}_scale", "float", step.scale)
         return found
 
-    def _entries(self, name: str, rows: Iterable[tuple[NDArray[Any], NDArray[Any]]], step: Product) -> int:
-        """The tables of gaps, values and counts; returns the groups of a filter."""
+    def _entries(self, name: str, rows: Iterable[tuple[NDArray[Any], NDArray[Any]]], step: Product) -> tuple[int, bool]:
+        """The tables of gaps, values and counts; returns the groups of a filter, and whether fillers are among them."""
         exact = self.plan.integers and not step.linear  # linear layers add up integers
         filters = []
         for (offsets, values), bias in zip(rows, step.bias, strict=True):
@@ -183,9 +171,10 @@ class _Writer:
         nothing = [(np.zeros(0, np.int64), np.zeros(0, step.weight.dtype))]
         flat = [group for found in filters for group in found + nothing * (groups - len(found))]
         self._table(f"{name}_gap", "uint16_t", np.concatenate([gaps for gaps, _ in flat]))
-        self._table(f"{name}_weight", "tap", np.concatenate([values for _, values in flat]))
+        weights = np.concatenate([values for _, values in flat])
+        self._table(f"{name}_weight", "tap", weights)
         self._table(f"{name}_count", "int32_t", np.array([len(values) for _, values in flat]))
-        return groups
+        return groups, not weights.all()
 
     def _table(self, name: str, kind: str, values: NDArray[Any]) -> str:
         size = {"uint8_t": 1, "int16_t": 2, "uint16_t": 2}.get(kind, 4)
@@ -223,78 +212,11 @@ class _Writer:
         return HEADER.format(
             channels=channels, height=height, width=width, classes=self.plan.logits.channels, kind=kind,
             vector=vector, scalar=scalar, tables=self.bytes[0], tables_vector=self.bytes[1], version=FORMAT,
+            integers=int(self.plan.integers),
         )  # fmt: skip
 
 
 FORMAT = 1  # of the files: what a loader may rely on
-
-HEADER = """\
-/* A pruned image classifier, written by rprune: {kind}.
-
-   predict() takes {channels} channels, one after the other, of {height} rows of {width} bytes, 0..255, and writes
-   {classes} logits; the class is the index of the largest. predict_float() takes the same as floats in [0,1].
-   Normalisation is inside. Neither allocates nor fails; both work in static memory, so that only one call may run at a
-   time.
-
-   Compile with -O3 for the machine it runs on (-march=native, -mcpu=...), without -ffast-math. GCC and Clang use
-   vectors on x86-64 and 64-bit ARM; MODEL_SCALAR turns them off, and other compilers take plain C99. Integers give the
-   same results everywhere, floats the same up to rounding. */
-#ifndef RPRUNE_MODEL_H
-#define RPRUNE_MODEL_H
-
-#include <stdint.h>
-
-#define MODEL_FORMAT {version}
-#define MODEL_CHANNELS {channels}
-#define MODEL_HEIGHT {height}
-#define MODEL_WIDTH {width}
-#define MODEL_CLASSES {classes}
-
-/* Bytes of static memory, with vectors and without; less than 2,048 bytes of stack come to it. */
-#define MODEL_RAM_VECTOR {vector}
-#define MODEL_RAM_SCALAR {scalar}
-/* Bytes of constant tables: in flash, on a microcontroller. */
-#define MODEL_TABLES_VECTOR {tables_vector}
-#define MODEL_TABLES_SCALAR {tables}
-
-#ifdef __cplusplus
-extern "C" {{
-#endif
-void predict(const uint8_t *image, float *logits);
-void predict_float(const float *image, float *logits);
-#ifdef __cplusplus
-}}
-#endif
-#endif
-"""
-
-RUN = """\
-static void run(float *logits) {{
-    {steps}
-}}
-
-static const image given = {{{image}}};
-
-void predict(const uint8_t *pixels, float *logits) {{
-    cell *const first = {first};
-    ROWS(&given) {{
-        cell *row = row_of(first, &given, c, y);
-        for (int x = 0; x < given.width; x++, pixels++) row[x] = {byte};
-    }}
-    frame(first, &given);
-    run(logits);
-}}
-
-void predict_float(const float *pixels, float *logits) {{
-    cell *const first = {first};
-    ROWS(&given) {{
-        cell *row = row_of(first, &given, c, y);
-        for (int x = 0; x < given.width; x++, pixels++) row[x] = {real};
-    }}
-    frame(first, &given);
-    run(logits);
-}}
-"""
 
 
 def _fields(table: dict[str, Any]) -> str:
@@ -342,7 +264,7 @@ def _cuts(values: NDArray[Any], bias: int) -> list[int]:
 
 def _float(value: Any) -> str:
     text = str(np.float32(value))
-    return f"{text}f" if any(mark in text for mark in ".e") else f"{text}.0f"
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
 
 def _numbers(values: Iterable[int]) -> str:

@@ -22,6 +22,7 @@ def refused(said, code: int) -> str:
     return error
 
 
+@pytest.mark.slow
 def test_json_of_a_folder(bundle, call, contents):
     before = contents(bundle)
     said = call("bench", bundle, *QUICK, "--seed", 3, "--json", cwd=bundle)
@@ -108,7 +109,7 @@ def test_errors_of_the_parser(folder, call):
     assert call("bench", cwd=folder).code == 2
 
 
-def test_models_of_different_images(folder, call, load_helper):
+def test_models_of_different_images(folder, call):
     from rprune.export.onnx import plain_model
     from rprune.models.graph import trace
     from rprune.models.registry import Architecture, build

@@ -94,3 +94,12 @@ def test_failed_gate_in_a_process(python, chain, tmp_path):
     shutil.copytree(chain / "out", tmp_path / "out")
     (tmp_path / "out" / "model.onnx").write_bytes(b"")
     assert python("-m", "rprune", "verify", "out", cwd=tmp_path).code == 5
+
+
+@pytest.mark.parametrize("command", [["evaluate", "model.pt"], ["unpack", "model.packed.safetensors", "-o", "out"]])
+def test_command_that_needs_torch_says_so_where_there_is_none(tmp_path, command):
+    code = f"import sys; sys.modules['torch'] = None; from rprune.cli.app import main; main({command})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "this command needs torch" in done.stderr
+    assert "Traceback" not in done.stderr

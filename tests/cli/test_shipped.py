@@ -31,8 +31,7 @@ pytestmark = pytest.mark.usefixtures("c_cache")
 def refused(said, code: int) -> str:
     assert said.code == code, said.err
     assert said.out == ""
-    assert said.err.count("error: ") == 1
-    error, hint = said.err.splitlines()[-2:]
+    error, hint = said.err.splitlines()
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
     return error
@@ -88,7 +87,8 @@ def test_evaluate_in_words(bundle, call):
     assert "robust" not in said.out
 
 
-def test_a_robust_accuracy_of_a_part_of_the_suite_says_so(alone, call, few):
+@pytest.mark.usefixtures("few")
+def test_a_robust_accuracy_of_a_part_of_the_suite_says_so(alone, call):
     said = call("evaluate", "model.c", *DATA, "--suite", "few", "-n", 20, cwd=alone)
     assert said.code == 0, said.err
     assert "INCOMPLETE" in said.out.splitlines()[-1]
@@ -104,10 +104,11 @@ def test_a_robust_accuracy_of_a_part_of_the_suite_says_so(alone, call, few):
 # attack
 
 
+@pytest.mark.slow
 def test_the_forms_of_the_integers_fall_to_the_same_points(folder, call):
     files, settings, roles = {}, {}, {}
     for name in SHIPPED:
-        said = call("attack", f"out/{name}", "--suite", "fgsm", "-n", N, "--no-health", "--json", cwd=folder)
+        said = call("attack", f"out/{name}", "--suite", "fgsm", "-n", 20, "--no-health", "--json", cwd=folder)
         assert said.code == 0, said.err
         assert "no gradients" not in said.err
         robust = said.json["columns"][0]["claims"][1]
@@ -128,16 +129,8 @@ def test_the_forms_of_the_integers_fall_to_the_same_points(folder, call):
     assert settings["model.compact.onnx"]["verdict"] == "ONNX Runtime on model.compact.onnx"
 
 
-@pytest.mark.slow
-def test_c_is_examined_as_well(folder, call):
-    said = call("attack", "out/model.c", "--suite", "fgsm", "-n", 30, "--json", cwd=folder)
-    assert said.code == 0, said.err
-    robust = said.json["columns"][0]["claims"][1]
-    assert len(robust["health"]["checks"]) == 15
-    assert robust["curve"][0]["correct"] == said.json["columns"][0]["claims"][0]["correct"]
-
-
-def test_without_files_beside_c_is_attacked_without_gradients(alone, call, few):
+@pytest.mark.usefixtures("few")
+def test_without_files_beside_c_is_attacked_without_gradients(alone, call):
     said = call("attack", "model.c", *DATA, "--suite", "few", "-n", 20, "--no-health", cwd=alone)
     assert said.code == 0, said.err
     note = "no gradients: no ONNX file of the same model lies beside model.c; only attacks without gradients"
@@ -165,7 +158,7 @@ def test_where_every_attack_needs_gradients_nothing_runs(alone, call, contents):
     assert contents(alone) == before
 
 
-def test_a_parent_beside_c_may_be_named(alone, call, bundle):
+def test_a_parent_may_be_named_instead(alone, call, bundle):
     parent = ("--parent", bundle / "model.onnx")
     said = call("attack", "model.c", *DATA, *parent, "--suite", "fgsm", "-n", N, "--no-health", "--json", cwd=alone)
     assert said.code == 0, said.err
@@ -174,7 +167,8 @@ def test_a_parent_beside_c_may_be_named(alone, call, bundle):
     assert rows["transfer fgsm"]["broken"] > 0
 
 
-def test_gradients_of_another_model_are_not_taken(alone, call, bundle, load_helper, few):
+@pytest.mark.usefixtures("few")
+def test_gradients_of_another_model_are_not_taken(alone, call, bundle, load_helper):
     """What lies beside under the usual name is believed only when it answers alike."""
     nets = load_helper("quantization/nets.py")
     other = plain_model(trace(nets.make("lenet"), nets.SHAPE), nets.SHAPE, 10).SerializeToString()
@@ -242,11 +236,11 @@ def test_certificates_as_json_and_by_name(folder, call):
     assert call("certify", "out/model.c", *options, "-o", "proof.json", "--force", cwd=folder).code == 0
 
 
-def test_certificates_of_a_file_are_not_taken_for_those_of_the_model(folder, call, chain):
+def test_certificates_of_a_file_are_not_taken_for_those_of_the_model(tmp_path):
     """'rprune export model.pt' looks for certificates beside model.pt; model.onnx may lie there, too."""
     from rprune.pipeline.single import certificates_beside
 
-    names = [certificates_beside(folder / name) for name in ("model.pt", *SHIPPED)]
+    names = [certificates_beside(tmp_path / name) for name in ("model.pt", *SHIPPED)]
     assert len(set(names)) == len(names)
 
 
@@ -259,7 +253,7 @@ def test_certificates_of_a_file_are_not_taken_for_those_of_the_model(folder, cal
         (("certify", "out/model.c", "--method", "ibp"), 2, "by smoothing alone"),
         (("certify", "out/model.int8.onnx", "--method", "ibp"), 2, "by smoothing alone"),
         (("certify", "out/model.compact.onnx", "--method", "ibp,smoothing"), 2, "by smoothing alone"),
-        (("certify", "out/model.onnx", "--method", "ipb"), 2, "ipb"),
+        (("certify", "out/model.onnx", "--method", "ipb"), 2, "'ibp' or 'smoothing'"),
         (("certify", "out/model.c", "--arch", "cnn-small"), 2, "--arch"),
         (("evaluate", "out/model.onnx", "--arch", "cnn-small"), 2, "--arch"),
         (("evaluate", "out/model.c", "--suite", "fgms"), 2, "fgms"),
@@ -285,7 +279,8 @@ def test_errors_are_one_line_and_write_nothing(folder, call, contents, arguments
     shutil.copy(folder / "model.c", folder / "headless.c")
     (folder / "foreign.c").write_text("int main(void) { return 0; }\n")
     (folder / "foreign.h").write_text("#define MODEL_CLASSES 10\n")
-    (folder / "broken.c").write_text((folder / "model.c").read_text() + "\nint broken( {\n")
+    broken = (folder / "model.c").read_text().replace("model.h", "broken.h") + "\nint broken( {\n"
+    (folder / "broken.c").write_text(broken)
     shutil.copy(folder / "model.h", folder / "broken.h")
     (folder / "broken.onnx").write_bytes((folder / "out" / "model.onnx").read_bytes()[:5000])
     write_data(folder / "large.npz", (3, 16, 16), 10)
@@ -298,7 +293,8 @@ def test_errors_are_one_line_and_write_nothing(folder, call, contents, arguments
 def write_data(path, shape: tuple[int, int, int], classes: int) -> None:
     images = np.random.RandomState(0).randint(0, 256, (4 * classes, *shape)).astype(np.uint8)
     labels = np.arange(4 * classes) % classes
-    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    images = images.transpose(0, 2, 3, 1)
+    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
 
 
 def test_a_compiler_that_is_not_there(folder, call, monkeypatch):

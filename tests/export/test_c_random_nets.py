@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rprune.errors import InputError
+from rprune.errors import InputError, WorkError
 from rprune.export.c.engine import CClassifier
 from rprune.export.c.writer import c_source
 from rprune.models.graph import trace
@@ -37,7 +39,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 class RandomNet(nn.Module):
-    """A program of ``length`` random steps on any values made so far, and a random head on up to three of them."""
+    """A program of ``length`` random steps or a few more on any values made so far, and a random head."""
 
     def __init__(self, seed: int, length: int) -> None:
         super().__init__()
@@ -74,27 +76,45 @@ class RandomNet(nn.Module):
     def step(self) -> None:
         count = len(self.shapes)
         source = count - 1 if self.rng.random() < 0.6 else int(self.rng.integers(count))
-        channels, *sides = self.shapes[source]
-        kind = self.pick("conv", "conv", "conv", "same", "same", "sum", "sum", "sum", "relu", "relu", "norm", "pool")
+        channels = self.shapes[source][0]
+        kind = self.pick("conv", "conv", "conv", "block", "block", "block", "sum", "relu", "norm", "pool", "large")
         if kind == "conv":
             self.conv(source)
-        elif kind == "same":  # of some other value's channels, so that sums become possible
-            alike = [shape[0] for shape in self.shapes if list(shape[1:]) == sides]
-            kernel = [self.pick(1, 1, 3, 3, 5, 7) for _ in sides]
-            dilation = [self.pick(1, 1, 1, 1, 2, 9, 40) for _ in sides]
-            padding = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
-            groups = channels if (grouped := self.rng.random() < 0.15) else 1
-            out = channels if grouped else self.pick(*alike)
-            self.add(self.weighted(nn.Conv2d(channels, out, kernel, 1, padding, dilation, groups)), source)
+        elif kind == "block":
+            made = self.same(source)
+            if self.rng.random() < 0.3:
+                made = self.add(nn.ReLU(), made)
+            self.sum(made)
         elif kind == "sum":
-            alike = [index for index, shape in enumerate(self.shapes) if shape == self.shapes[source]]
-            self.add(nn.Identity(), *(self.pick(*alike), source)[:: self.pick(1, -1)])
+            self.sum(source)
         elif kind == "relu":
             self.add(nn.ReLU(), source)
         elif kind == "norm":
             self.add(nn.BatchNorm2d(channels), source)
-        else:
+        elif kind == "pool":
             self.pool(source)
+        elif self.rng.random() < 0.4:  # sums beyond 2^24
+            wide = self.add(self.weighted(nn.Conv2d(channels, 48, 1)), source)
+            layer = nn.Conv2d(48, 2, 5, padding=2)
+            layer.weight.data.uniform_(0.0005, 0.001)
+            self.add(layer, wide)
+
+    def same(self, source: int) -> int:
+        """A convolution to the shape of some value, which it can then be added to."""
+        channels, *sides = self.shapes[source]
+        alike = [shape[0] for shape in self.shapes if list(shape[1:]) == sides]
+        kernel = [self.pick(1, 1, 3, 3, 5, 7) for _ in sides]
+        dilation = [self.pick(1, 1, 1, 1, 2, 9, 40) for _ in sides]
+        padding = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
+        out, groups = (channels, channels) if self.rng.random() < 0.15 else (self.pick(*alike), 1)
+        return self.add(self.weighted(nn.Conv2d(channels, out, kernel, 1, padding, dilation, groups)), source)
+
+    def sum(self, source: int) -> None:
+        """With any value of the same shape, in either order, and a ReLU or none."""
+        alike = [index for index, shape in enumerate(self.shapes) if shape == self.shapes[source]]
+        made = self.add(nn.Identity(), *(self.pick(*alike), source)[:: self.pick(1, -1)])
+        if self.rng.random() < 0.5:
+            self.add(nn.ReLU(), made)
 
     def conv(self, source: int) -> None:
         channels, *sides = self.shapes[source]
@@ -122,13 +142,15 @@ class RandomNet(nn.Module):
             self.add(nn.MaxPool2d(kernel, stride, [self.pick(0, k // 2) for k in kernel]), source)
 
     def classify(self) -> None:
-        """The sum of linear layers on the last value and two others, with a hidden layer here and there."""
-        last = len(self.shapes) - 1
-        made = [self.branch(source) for source in {last, *map(int, self.rng.integers(last + 1, size=2))}]
+        """The sum of linear layers on every value that nothing reads, and sometimes two layers more."""
+        read = {source for sources in self.program for source in sources}
+        made = [self.branch(source) for source in range(len(self.shapes)) if source not in read]
         while len(made) > 1:
             made.append(self.add(nn.Identity(), made.pop(0), made.pop(0)))
-        if self.rng.random() < 0.2:
+        if self.rng.random() < 0.5:
             self.add(nn.ReLU(), made[0])
+        if self.rng.random() < 0.5:
+            self.add(self.weighted(nn.Linear(CLASSES, CLASSES)), len(self.shapes) - 1)
 
     def branch(self, source: int) -> int:
         at = self.add(nn.Flatten(), source)
@@ -183,9 +205,9 @@ def check_in_process(folder: Path, shape: tuple[int, int, int], forms: dict[str,
             check(form, network, images, CClassifier(path, flags).logits(images.numpy()), f"{form}, {build}")
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_nets_equal_their_source(nets, tmp_path: Path, seed: int) -> None:
-    shape, forms = random_case(nets, seed, length=24)
+    shape, forms = random_case(nets, seed, length=20)
     check_in_process(tmp_path, shape, forms, nets.noise(6, shape, seed=1))
 
 
@@ -213,7 +235,7 @@ def test_corners_equal_their_source(nets, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1080))
+@pytest.mark.parametrize("seed", range(1000, 1060))
 def test_many_random_nets_equal_their_source(nets, tmp_path: Path, seed: int) -> None:
     shape, forms = random_case(nets, seed, length=(6, 12, 24, 48)[seed % 4])
     check_in_process(tmp_path, shape, forms, nets.noise(6, shape, seed=1))
@@ -235,9 +257,9 @@ int main(void) {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "no vectors"])
-@pytest.mark.parametrize("seed", range(2000, 2012))
+@pytest.mark.parametrize("seed", range(2000, 2010))
 def test_random_nets_under_sanitizers(nets, tmp_path: Path, seed: int, vectors: bool) -> None:
-    shape, forms = random_case(nets, seed, length=24)
+    shape, forms = random_case(nets, seed, length=20)
     images = nets.noise(3, shape, seed=1)
     for form, network in forms.items():
         folder = written(network, shape, tmp_path / form).parent
@@ -249,6 +271,46 @@ def test_random_nets_under_sanitizers(nets, tmp_path: Path, seed: int, vectors: 
             env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},
         )  # fmt: skip
         check(form, network, images, np.frombuffer(done.stdout, np.float32).reshape(len(images), -1), form)
+
+
+def test_pixels_beyond_the_range(nets, tmp_path: Path) -> None:
+    """Integers clip them as the simulation does, and take what is no number for black; nothing of it stays behind."""
+    shape, forms = random_case(nets, 3, length=12)
+    images = nets.noise(4, shape) * 3 - 1
+    images.view(4, -1)[:, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    path = written(forms["int8"], shape, tmp_path / "int8")
+    for build, flags in BUILDS.items():
+        classifier = CClassifier(path, flags)
+        check("int8", forms["int8"], images.nan_to_num(0.0), classifier.logits(images.numpy()), build)
+        check("int8", forms["int8"], nets.noise(4, shape), classifier.logits(nets.noise(4, shape).numpy()), build)
+
+
+def test_classifiers_of_one_file_in_threads(nets, tmp_path: Path) -> None:
+    """They share one library, whose memory is static."""
+    shape, forms = random_case(nets, 3, length=12)
+    path = written(forms["int8"], shape, tmp_path / "int8")
+    images = [nets.noise(300, shape, seed=seed).numpy() for seed in range(2)]
+    alone = [CClassifier(path).logits(each) for each in images]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda each: CClassifier(path).logits(each), images))
+    assert all(np.array_equal(got, wanted) for got, wanted in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("variable", ["a file", "a folder that may not be written"])
+def test_caches_that_cannot_be_used(nets, tmp_path: Path, monkeypatch, variable: str) -> None:
+    shape, forms = random_case(nets, 3, length=2)
+    path = written(forms["float"], shape, tmp_path / "float")
+    if variable == "a file":
+        (tmp_path / "taken").write_text("")
+    else:
+        monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    with pytest.raises(WorkError, match="cannot write in"):
+        CClassifier(path)
+
+
+def refuse(**_: Any) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 @pytest.mark.parametrize(

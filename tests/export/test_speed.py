@@ -152,7 +152,9 @@ def test_runtimes_of_a_file(exported):
         assert np.array_equal(run.logits(x), runtimes(exported / "model.c", 1)["C"]().logits(x))
     calls: list[int] = []
     session = run._session
-    run._session = type("Spy", (), {"run": lambda _, out, x: (calls.append(len(*x.values())), session.run(out, x))[1]})()
+    run._session = type(
+        "Spy", (), {"run": lambda _, out, x: (calls.append(len(*x.values())), session.run(out, x))[1]}
+    )()
     run.logits(x)
     assert calls == [300], "a batch was measured in parts"
 
