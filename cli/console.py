@@ -265,17 +265,12 @@ def print_report(report: Report, where: str) -> None:
     stdout.print(Text(f"report  {where}/report.json\n        {where}/report.html"))
     ratios = {} if report.footprint is None else report.footprint.ratios
     rows = [
-        [
-            f"{where}/{s.name}",
-            s.role,
-            f"{s.bytes:,}",
-            f"÷{ratios[s.name]:.1f}" if s.name in ratios else "",
-            s.sha256[:12],
-        ]
+        [s.name, s.role, f"{s.bytes:,}", f"÷{ratios[s.name]:.1f}" if s.name in ratios else "", s.sha256[:12]]
         for s in report.subjects
         if s.role in SHOWN_ROLES
     ]
-    print_table("files; bytes beside those of the dense float32 weights", ["", "form", "bytes", "", "sha256"], rows)
+    title = f"files in {where}; bytes, and those of the dense float32 weights over them"
+    print_table(title, ["", "form", "bytes", "", "sha256"], rows)
     if report.integers is not None:
         exact = "below 2^24: exact in float32" if report.integers.exact else "beyond 2^24: computed in wider numbers"
         pairs = report.integers.saturating_pairs
