@@ -27,10 +27,14 @@ def half_up(values: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """The least float16 number that is positive and not below each value, as float32.
 
     The product of two of them is exact in float32, and a file may store them in 16 bits. Rounding up keeps the range
-    covered. Raises WorkError beyond float16's largest number.
+    covered. Beyond float16's largest number it is the next power of two, whose products are exact as well. Raises
+    WorkError for values that are not finite.
     """
-    if not bool((values <= LARGEST_HALF).all()):
-        raise WorkError("a scale does not fit in float16", "the model has diverged")
+    if not bool(torch.isfinite(values).all()):
+        raise WorkError("a scale is not finite", "the model has diverged")
+    if bool((values > LARGEST_HALF).any()):
+        power = torch.exp2(values.double().log2().ceil()).float()
+        return torch.where(values > LARGEST_HALF, power, half_up(values.clamp_max(LARGEST_HALF)))
     half = values.half()
     # bits of positive float16 numbers ascend with their values
     above = (half.view(torch.int16) + 1).view(torch.float16)

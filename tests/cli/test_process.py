@@ -71,7 +71,7 @@ def test_usage_errors_of_the_parser(python, tmp_path):
         said = python("-m", "rprune", *arguments, cwd=tmp_path)
         assert said.code == 2
         assert said.out == ""
-        assert "Error" in said.err
+        assert "error" in said.err.lower()
     assert "prune" in python("-m", "rprune", "prun", cwd=tmp_path).err
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,11 @@ from rprune.quantization.ptq import Quantization
 QAT = {"mode": "qat", "epochs": 3, "batch_size": 256, "lr": 0.02}
 
 
+def staged(**options: Any) -> QuantizeStage:
+    """A stage that keeps dead channels, so that masks and weights can be compared with those before it."""
+    return QuantizeStage(**{"compact": False} | options)
+
+
 @pytest.fixture(scope="module")
 def sparse(bench, trained):
     return prune(bench, trained, PruneStage(method="lwm", sparsity=0.8))
@@ -29,7 +36,7 @@ def sparse(bench, trained):
 
 @pytest.fixture(scope="module")
 def qat(bench, sparse):
-    return quantize(bench, sparse, QuantizeStage(bits=4, **QAT))
+    return quantize(bench, sparse, staged(bits=4, **QAT))
 
 
 def same(a, b) -> bool:
@@ -39,7 +46,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8, 12])
 def test_ptq_counts_what_it_keeps(bench, sparse, bits):
-    made = quantize(bench, sparse, QuantizeStage(bits=bits))
+    made = quantize(bench, sparse, staged(bits=bits))
     found, metrics = Quantization.from_tensors(made.quantization), made.metadata.lineage[-1].metrics
     assert found.bits == bits
     assert metrics["kept"] == sum(int(weight.count_nonzero()) for weight in found.weights.values())
@@ -54,23 +61,21 @@ def test_ptq_counts_what_it_keeps(bench, sparse, bits):
 
 def test_narrow_widths_clip_and_correct_unless_told_otherwise(bench, sparse):
     chosen = {"bits": 4, "observer": "mse", "bias_correction": True}
-    assert same(quantize(bench, sparse, QuantizeStage(bits=4)), quantize(bench, sparse, QuantizeStage(**chosen)))
+    assert same(quantize(bench, sparse, staged(bits=4)), quantize(bench, sparse, staged(**chosen)))
     plain = {"bits": 8, "observer": "minmax", "bias_correction": False}
-    assert same(quantize(bench, sparse, QuantizeStage()), quantize(bench, sparse, QuantizeStage(**plain)))
-    assert not same(
-        quantize(bench, sparse, QuantizeStage(bits=4)), quantize(bench, sparse, QuantizeStage(**plain | {"bits": 4}))
-    )
+    assert same(quantize(bench, sparse, staged()), quantize(bench, sparse, staged(**plain)))
+    assert not same(quantize(bench, sparse, staged(bits=4)), quantize(bench, sparse, staged(**plain | {"bits": 4})))
 
 
 def test_portable_is_portable(bench, sparse):
-    made = quantize(bench, sparse, QuantizeStage(portable=True))
+    made = quantize(bench, sparse, staged(portable=True))
     assert made.metadata.lineage[-1].metrics["saturating_pairs"] == 0
     assert sum(saturating_pairs(Quantization.from_tensors(made.quantization)).values()) == 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_files_of_up_to_8_bits_are_bit_equal(bench, sparse, tmp_path, bits):
-    made = quantize(bench, sparse, QuantizeStage(bits=bits))
+    made = quantize(bench, sparse, staged(bits=bits))
     twin, x = Deployed.of(made).twin, torch.rand(64, *bench.data.shape, generator=torch.Generator().manual_seed(0))
     (tmp_path / "m.onnx").write_bytes(qdq_model(twin, bench.data.shape, 10).SerializeToString())
     with torch.no_grad():
@@ -78,7 +83,7 @@ def test_files_of_up_to_8_bits_are_bit_equal(bench, sparse, tmp_path, bits):
 
 
 def test_more_bits_have_no_int8_file(bench, sparse):
-    made = quantize(bench, sparse, QuantizeStage(bits=10))
+    made = quantize(bench, sparse, staged(bits=10))
     with pytest.raises(InputError, match="more than 8 bits"):
         qdq_model(Deployed.of(made).twin, bench.data.shape, 10)
 
@@ -99,7 +104,7 @@ def test_qat_holds_the_mask_and_trains_more_than_scales(bench, sparse, qat):
         assert torch.equal(qat.masks[name], mask)
         assert torch.equal(qat.state[name] != 0, mask)
         assert not torch.equal(qat.state[name], sparse.state[name])
-    start = quantize(bench, sparse, QuantizeStage(bits=4))
+    start = quantize(bench, sparse, staged(bits=4))
     assert not torch.equal(start.quantization["features.2/weights"], qat.quantization["features.2/weights"])
     entry = qat.metadata.lineage[-1]
     assert [line["epoch"] for line in entry.history] == [1.0, 2.0, 3.0]
@@ -126,23 +131,23 @@ def test_qat_resumed_after_any_epoch_is_the_run_without_a_break(bench, sparse, q
     with monkeypatch.context() as patch:
         patch.setattr(bench.reporter, "epoch", stop, raising=False)
         with pytest.raises(Stop):
-            quantize(bench, sparse, QuantizeStage(bits=4, **QAT), state)
-    again = quantize(bench, sparse, QuantizeStage(bits=4, **QAT), state)
+            quantize(bench, sparse, staged(bits=4, **QAT), state)
+    again = quantize(bench, sparse, staged(bits=4, **QAT), state)
     assert same(again, qat)
 
 
 @pytest.mark.parametrize("options", [{"average": "ema"}, {"awp": 0.005}, {"optimizer": "adam"}])
 def test_qat_takes_the_options_of_training(bench, sparse, options):
     said = {**QAT, "epochs": 1, "lr": 0.001, "bits": 4, **options}
-    made = quantize(bench, sparse, QuantizeStage(**said))
-    plain = quantize(bench, sparse, QuantizeStage(**{**QAT, "epochs": 1, "lr": 0.001, "bits": 4}))
+    made = quantize(bench, sparse, staged(**said))
+    plain = quantize(bench, sparse, staged(**{**QAT, "epochs": 1, "lr": 0.001, "bits": 4}))
     assert not same(made, plain)
     assert np.isfinite(made.metadata.lineage[-1].history[0]["loss"])
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codebook_has_few_values_and_no_integers(bench, sparse, bits):
-    made = quantize(bench, sparse, QuantizeStage(mode="codebook", bits=bits))
+    made = quantize(bench, sparse, staged(mode="codebook", bits=bits))
     assert not made.quantization
     flat, most = flattened(sparse), 0
     for name, weight in prunable(made.model()).items():
