@@ -19,7 +19,7 @@ from rprune.models.flat import describe
 from rprune.models.graph import trace
 from rprune.models.prunable import prunable
 from rprune.models.registry import Architecture
-from rprune.objectives.base import OBJECTIVES
+from rprune.objectives.base import OBJECTIVES, Objective
 from rprune.pipeline.artifact import Artifact
 from rprune.pipeline.bench import Bench
 from rprune.pipeline.environment import environment
@@ -66,7 +66,10 @@ def _ptq(bench: Bench, source: Artifact, stage: QuantizeStage, _: Path | None) -
 
 
 def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path | None) -> Artifact:
-    """Training of the folded network with its integers' values, from where calibration puts them."""
+    """Training of the folded network with its integers' values, from where calibration puts them.
+
+    The better of the two by validation stays; epoch 0 is calibration.
+    """
     started = time.monotonic()
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
     stage = stage.model_copy(update={"epochs": stage.epochs or EPOCHS, "lr": stage.lr or LR})
@@ -74,6 +77,7 @@ def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path 
     network = trace(base.model(), bench.data.shape)
     settings = replace(_settings(stage), bias_correction=False)
     start = ptq.quantize(network, _calibration(bench, stage), settings)
+    calibrated = simulated(network, start)
     model = fake_quantized(network, start).to(bench.device)
     masks = {name: mask.to(bench.device) for name, mask in base.masks.items()}
     scales = {f"{name}.weight": scale for name, scale in start.weight_scales.items()}
@@ -85,11 +89,19 @@ def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path 
     network.load_state_dict(state)
     final = {name.removesuffix(".weight"): scale.cpu() for name, scale in pruner.scales().items()}
     found = trained(network, model, final, stage.bits)
+    if _score(bench, calibrated, objective) > _score(bench, simulated(network, found), objective):
+        # training has not helped: what calibration gave is what stays
+        network, state, found = trace(base.model(), bench.data.shape), base.state, start
+        fit = replace(fit, selected_epoch=0)
     kept = {key: getattr(base.metadata, key) for key in ("sparsity", "budget", "dense_total")}
     metadata = _metadata("quantize", base.metadata.arch, bench, objective).model_copy(update=kept)
     made = Artifact(metadata, state, base.masks, found.tensors())
     resolved = stage.model_copy(update={"objective": OBJECTIVES.describe(objective)})
     return _finished(bench, source, made, network, found, resolved, started, fit)
+
+
+def _score(bench: Bench, net: nn.Module, objective: Objective) -> float:
+    return _scores(bench, net, objective.attack_used)["score"]
 
 
 def _codebook(bench: Bench, source: Artifact, stage: QuantizeStage, _: Path | None) -> Artifact:
@@ -144,7 +156,7 @@ def _finished(
     if found.bits <= KEEPS:
         metrics["saturating_pairs"] = sum(saturating_pairs(found).values())
     if fit is not None:
-        metrics |= {"selected_epoch": fit.selected_epoch} if fit.selected_epoch else {}
+        metrics |= {} if fit.selected_epoch is None else {"selected_epoch": fit.selected_epoch}
     attack = PGD() if fit is None else _objective(made.metadata.objective, bench).attack_used
     metrics["validation"] = _scores(bench, simulated(network, found), attack)
     return _done(bench, source, made, stage, started, metrics, fit)

@@ -13,6 +13,7 @@ from rprune.errors import InputError, UsageError
 from rprune.export.qdq import qdq_model
 from rprune.export.session import OnnxClassifier
 from rprune.models.prunable import prunable
+from rprune.pipeline import quantizing
 from rprune.pipeline.artifact import load_artifact, save_artifact
 from rprune.pipeline.forms import Deployed
 from rprune.pipeline.quantizing import flattened, quantize
@@ -212,3 +213,17 @@ def test_the_command_takes_every_mode(sparse, tmp_path):
     with pytest.raises(SystemExit) as done:
         main(["quantize", str(tmp_path / "m.pt"), "-q", "--epochs", "2"])
     assert done.value.code == 2
+
+
+@pytest.mark.parametrize("better", ["calibration", "training"])
+def test_qat_keeps_the_better_of_start_and_end(bench, sparse, monkeypatch, better):
+    scores = iter([1.0, 0.0] if better == "calibration" else [0.0, 1.0])
+    monkeypatch.setattr(quantizing, "_score", lambda *_: next(scores))
+    made = quantize(bench, sparse, staged(bits=4, **QAT))
+    start = quantize(bench, sparse, staged(bits=4, bias_correction=False, calibration=512))
+    same = all(
+        torch.equal(tensor, Quantization.from_tensors(made.quantization).weights[name])
+        for name, tensor in Quantization.from_tensors(start.quantization).weights.items()
+    )
+    assert same is (better == "calibration")
+    assert (made.metadata.lineage[-1].metrics["selected_epoch"] == 0) is same
