@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import rprune
 from rprune.data.loaders import loader
-from rprune.errors import InputError, UsageError, WorkError
+from rprune.errors import InputError, UsageError, WorkError, unknown_name
 from rprune.export.c.engine import CClassifier, compiler
 from rprune.export.c.writer import c_source
 from rprune.export.compact_onnx import expanding
@@ -98,8 +98,6 @@ class Deployed:
 
 def check_formats(formats: Sequence[str]) -> None:
     """Raises UsageError for a name that is not in FORMATS."""
-    from rprune.errors import unknown_name
-
     for name in formats:
         if name not in FORMATS:
             raise unknown_name("format", name, FORMATS)

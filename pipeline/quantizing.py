@@ -15,18 +15,24 @@ from torch import Tensor, fx, nn
 from rprune.attacks.pgd import PGD
 from rprune.data.loaders import loader
 from rprune.models.cost import positions, sparse_macs
-from rprune.models.flat import describe
 from rprune.models.graph import trace
 from rprune.models.prunable import prunable
-from rprune.models.registry import Architecture
 from rprune.objectives.base import OBJECTIVES, Objective
 from rprune.pipeline.artifact import Artifact
 from rprune.pipeline.bench import Bench
 from rprune.pipeline.environment import environment
 from rprune.pipeline.recipe import QuantizeStage, Trained
-from rprune.pipeline.stages import _fit, _metadata, _objective, _scores, _stamped, compacted, recorded_objective
+from rprune.pipeline.stages import (
+    _fit,
+    _metadata,
+    _objective,
+    _scores,
+    _stamped,
+    as_flat,
+    compacted,
+    recorded_objective,
+)
 from rprune.pruning import codebook
-from rprune.pruning.masks import count
 from rprune.quantization import ptq
 from rprune.quantization.guarantees import saturating_pairs
 from rprune.quantization.ptq import Quantization, simulated
@@ -49,13 +55,7 @@ def quantize(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: P
 
 def flattened(source: Artifact) -> Artifact:
     """The same function with batch norm folded, as architecture ``flat``; layers keep their names."""
-    arch = source.metadata.arch
-    network = trace(source.model(), arch.input_shape)
-    flat = Architecture("flat", arch.num_classes, arch.input_shape, {"layers": describe(network)})
-    masks = {name: weight != 0 for name, weight in prunable(network).items()} if source.masks else {}
-    changes: dict[str, Any] = {"architecture": flat.to_dict(), "budget": count(masks) if masks else None}
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return Artifact(source.metadata.model_copy(update=changes), state, masks)
+    return as_flat(source, trace(source.model(), source.metadata.arch.input_shape))
 
 
 def _ptq(bench: Bench, source: Artifact, stage: QuantizeStage, _: Path | None) -> Artifact:

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rprune.attacks.suites import with_transfer
-from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
-from rprune.evaluation.accuracy import classes_of
-from rprune.evaluation.certificates import certify_smoothing
 from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
 from rprune.export.session import is_quantized
 from rprune.files import file_digest, read_json
-from rprune.pipeline.bench import Bench, Reporter, progress_of
+from rprune.pipeline.bench import Bench, Reporter
 from rprune.pipeline.recipe import CertifyStage
 from rprune.pipeline.single import Request, open_data, open_model
+from rprune.pipeline.stages import smoothed
 from rprune.pipeline.targets import CPU, of_artifact, of_file, sources_of
 from rprune.reports.schema import Role
 
@@ -152,18 +150,13 @@ def certify_file(opened: Opened, stage: CertifyStage) -> dict[str, Any]:
     if stage.methods != ("smoothing",):
         raise UsageError("an ONNX or C file can be certified by smoothing alone", "use --method smoothing")
     started, bench = time.monotonic(), opened.bench
-    smoothing = Smoothing(sigma=stage.sigma, n0=stage.n0, n=stage.n, alpha=stage.alpha)
-    verdicts = certify_smoothing(
-        classes_of(opened.target.artifact), loader(bench.data.test, CPU), len(bench.data.classes), smoothing,
-        seed=bench.seed, limit=stage.smoothing_limit, on_progress=progress_of(bench, "smoothing"),
-    )  # fmt: skip
-    settings = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
+    found = smoothed(bench, opened.target.artifact, stage)
     return {
         "file": {"name": opened.path.name, "sha256": opened.digest},
         "form": opened.role,
         "data": {"source": bench.data.source, "sha256": bench.data.test.digest},
         "config": stage.model_dump(mode="json"),
         "seed": bench.seed,
-        "smoothing": settings | {"samples": verdicts.rows()},
+        "smoothing": found,
         "seconds": time.monotonic() - started,
     }

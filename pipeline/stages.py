@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rprune.attacks.base import Attack
 from rprune.attacks.noise import Stream
@@ -218,14 +218,9 @@ def shrink(bench: Bench, source: Artifact) -> Artifact:
         raise InputError("the model is quantized already", "shrink before quantize")
     model, shape = source.model(), source.metadata.arch.input_shape
     network = compact(model, shape)
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    arch = Architecture("flat", source.metadata.arch.num_classes, shape, {"layers": describe(network)})
     weights = prunable(network)
-    masks = {name: weight != 0 for name, weight in weights.items()} if source.masks else {}
     dense = source.metadata.dense_total or sum(weight.numel() for weight in prunable(model).values())
-    changes: dict[str, Any] = {"stage": "shrink", "architecture": arch.to_dict(), "dense_total": dense}
-    changes["budget"] = count(masks) if masks else None
-    artifact = Artifact(source.metadata.model_copy(update=changes), state, masks)
+    artifact = as_flat(source, network, stage="shrink", dense_total=dense)
     metrics: dict[str, Any] = {
         "kept": sum(int(weight.count_nonzero()) for weight in weights.values()),
         "total": sum(weight.numel() for weight in weights.values()),
@@ -236,6 +231,19 @@ def shrink(bench: Bench, source: Artifact) -> Artifact:
         ),
     }
     return _stamped(artifact, "shrink", {"kind": "shrink"}, source, time.monotonic() - started, metrics)
+
+
+def as_flat(source: Artifact, network: fx.GraphModule, **changes: Any) -> Artifact:
+    """The artifact of a traced network that computes what ``source`` does, as architecture ``flat``.
+
+    Masks are where its weights are not zero. ``changes``: of the metadata, beside architecture and budget.
+    """
+    old = source.metadata.arch
+    arch = Architecture("flat", old.num_classes, old.input_shape, {"layers": describe(network)})
+    masks = {name: weight != 0 for name, weight in prunable(network).items()} if source.masks else {}
+    changes |= {"architecture": arch.to_dict(), "budget": count(masks) if masks else None}
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    return Artifact(source.metadata.model_copy(update=changes), state, masks)
 
 
 def compacted(bench: Bench, source: Artifact) -> Artifact:
@@ -278,16 +286,19 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates
             table.append({"eps": scaled.text, "correct": result.correct, "proved": result.proved.int().tolist()})
         found["ibp"] = {"norm": threat.norm, "n": result.clean.n, "levels": table}
     if "smoothing" in stage.methods:
-        smoothing = Smoothing(sigma=stage.sigma, n0=stage.n0, n=stage.n, alpha=stage.alpha)
-        predict = classes_of(model if twin is None else twin)
-        verdicts = certify_smoothing(
-            predict, test, len(bench.data.classes), smoothing, seed=bench.seed, limit=stage.smoothing_limit,
-            on_progress=progress_of(bench, "smoothing"),
-        )  # fmt: skip
-        settings = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
-        found["smoothing"] = settings | {"samples": verdicts.rows()}
+        found["smoothing"] = smoothed(bench, model if twin is None else twin, stage)
     found["seconds"] = time.monotonic() - started
     return found
+
+
+def smoothed(bench: Bench, net: nn.Module, stage: CertifyStage) -> dict[str, Any]:
+    """Randomized smoothing of a net on the CPU: its settings, and a row for each sample."""
+    settings: dict[str, Any] = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
+    verdicts = certify_smoothing(
+        classes_of(net), loader(bench.data.test, torch.device("cpu")), len(bench.data.classes), Smoothing(**settings),
+        seed=bench.seed, limit=stage.smoothing_limit, on_progress=progress_of(bench, "smoothing"),
+    )  # fmt: skip
+    return settings | {"samples": verdicts.rows()}
 
 
 def recorded_objective(source: Artifact, bench: Bench) -> dict[str, Any]:

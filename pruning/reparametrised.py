@@ -15,15 +15,15 @@ from rprune.pruning.budget import Budget
 from rprune.pruning.masks import Masks, count
 
 
-class Reparametrised(Pruner, ABC):
+class Substituted(Pruner, ABC):
     """The weights in use are a function of ``learned``; everything else of the model trains as it is.
 
-    Derived classes fill ``learned`` (tensors by name) and call :meth:`refresh` once they are complete.
+    Derived classes fill ``learned`` (tensors by name), write the weights in :meth:`refresh`, and call it once they are
+    complete.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.budget = budget
         self.learned: dict[str, Tensor] = {}
         self._held = prunable(model)
         held = {id(weight) for weight in self._held.values()}
@@ -32,10 +32,6 @@ class Reparametrised(Pruner, ABC):
     @abstractmethod
     def effective(self) -> dict[str, Tensor]:
         """Weights in use, as a differentiable function of what is learned."""
-
-    @abstractmethod
-    def current_masks(self) -> Masks:
-        """Weights in use that are not zero now, which may be off the budget."""
 
     def parameters(self) -> Iterable[Tensor]:
         return [*self.learned.values(), *self._others]
@@ -47,6 +43,27 @@ class Reparametrised(Pruner, ABC):
 
     def after_step(self) -> None:
         self.refresh()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learned": {name: tensor.detach() for name, tensor in self.learned.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.learned.items():
+                tensor.copy_(state["learned"][name])
+        self.refresh()
+
+
+class Reparametrised(Substituted, ABC):
+    """Base of methods whose weights in use are cut to masks, which have to meet the budget in the end."""
+
+    def __init__(self, model: nn.Module, budget: Budget) -> None:
+        super().__init__(model)
+        self.budget = budget
+
+    @abstractmethod
+    def current_masks(self) -> Masks:
+        """Weights in use that are not zero now, which may be off the budget."""
 
     def refresh(self) -> None:
         self.write(self.current_masks())
@@ -65,12 +82,3 @@ class Reparametrised(Pruner, ABC):
     def log(self) -> dict[str, float]:
         """``kept_share``: that of the search, before it is brought to the budget."""
         return {"kept_share": count(self.current_masks()) / self.budget.total}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"learned": {name: tensor.detach() for name, tensor in self.learned.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.learned.items():
-                tensor.copy_(state["learned"][name])
-        self.refresh()

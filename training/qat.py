@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from rprune.models.prunable import prunable
-from rprune.pruning.base import Pruner
 from rprune.pruning.masks import Masks, enliven
+from rprune.pruning.reparametrised import Substituted
 from rprune.quantization.qat import fake_weight, scale_in_use
 
 SCALE = "scale/"  # prefix of the learned scales' names
 
 
-class QuantizationAware(Pruner):
+class QuantizationAware(Substituted):
     """Float weights under held masks, and one scale an output channel, are learned; the model runs with their integers.
 
     ``scales``: weight name -> the scales to start from. Activations are quantised by modules in the model, whose scales
@@ -27,16 +25,11 @@ class QuantizationAware(Pruner):
         self, model: nn.Module, masks: Masks, scales: Mapping[str, Tensor], bits: int, portable: bool = False
     ) -> None:
         super().__init__(model)
-        self._held, self._masks = prunable(model), masks
+        self._masks = masks
         self.bits, self.portable = bits, portable
         self.learned = {name: weight.detach().clone() for name, weight in self._held.items()}
         self.learned |= {SCALE + name: scales[name].to(weight.device) for name, weight in self._held.items()}
-        held = {id(weight) for weight in self._held.values()}
-        self._others = [parameter for parameter in model.parameters() if id(parameter) not in held]
         self.refresh()
-
-    def parameters(self) -> Iterable[Tensor]:
-        return [*self.learned.values(), *self._others]
 
     def effective(self) -> dict[str, Tensor]:
         """Weights in use, as a differentiable function of what is learned."""
@@ -44,14 +37,6 @@ class QuantizationAware(Pruner):
             name: fake_weight(self._masked(name), self.learned[SCALE + name], self.bits, self.portable)
             for name in self._held
         }
-
-    def before_step(self) -> None:
-        gradients = {name: w.grad for name, w in self._held.items() if w.grad is not None}
-        effective = self.effective()
-        torch.autograd.backward([effective[name] for name in gradients], list(gradients.values()))
-
-    def after_step(self) -> None:
-        self.refresh()
 
     def refresh(self) -> None:
         with torch.no_grad():
@@ -75,15 +60,6 @@ class QuantizationAware(Pruner):
             name: scale_in_use(self._masked(name), self.learned[SCALE + name], self.bits, self.portable)
             for name in self._held
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"learned": {name: tensor.detach() for name, tensor in self.learned.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.learned.items():
-                tensor.copy_(state["learned"][name])
-        self.refresh()
 
     def _masked(self, name: str) -> Tensor:
         weight = self.learned[name]

@@ -48,8 +48,6 @@ class CClassifier:
         WorkError: there is no compiler.
     """
 
-    batch_size = 1
-
     def __init__(self, path: Path, flags: tuple[str, ...] = FLAGS) -> None:
         self.path = path
         header = _read(path.with_suffix(".h"))
@@ -72,11 +70,6 @@ class CClassifier:
         with self._lock:
             self._batch(given.ctypes.data_as(ctypes.c_void_p), found.ctypes.data_as(ctypes.c_void_p), len(given))
         return found
-
-    def predict(self, images: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Class of the largest logit, the first of equals; -1, wrong for every label, where logits are not numbers."""
-        logits = self.logits(images)
-        return np.where(np.isnan(logits).any(1), -1, logits.argmax(1))
 
 
 def stated(path: Path) -> dict[str, int]:
