@@ -105,13 +105,37 @@ class Tiling:
         return cls(positions, tile, out.height * out.pitch, before, after, reach.even(step))
 
 
-def entries(step: Product, channel: int) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """For each filter, the offsets of its non-zero weights from the first cell that is read, ascending; and values.
+def share_phases(plan: Plan) -> None:
+    """A 1x1 convolution with a stride, as in a shortcut, reads what the last one made of the same input, if it can."""
+    last: Product | None = None
+    for step in plan.steps:
+        if not isinstance(step, Product) or step.linear or Tiling.of(step).even:
+            continue
+        if last is not None and _holds(last, step):
+            step.shares = last
+        else:
+            last = step
 
-    ``channel`` is the distance of two input channels, or of two phases of one, in what is read.
-    """
-    reach, pitch, before = Reach.of(step), step.out.pitch, Tiling.of(step).before
-    phases = {phase: index for index, phase in enumerate(reach.phases)}
+
+def _holds(last: Product, step: Product) -> bool:
+    """Do the phases that ``last`` made hold all that ``step`` reads?"""
+    ours, mine = Tiling.of(last), Tiling.of(step)
+    alike = last.given[0] is step.given[0] and last.stride == step.stride and last.out.pitch == step.out.pitch
+    alone = step.weight.shape[2:] == (1, 1) and mine.before == mine.after == 0
+    within = mine.reached <= ours.reached - ours.before and mine.positions == ours.positions
+    return alike and alone and within and set(Reach.of(step).phases) <= set(Reach.of(last).phases)
+
+
+def distance(step: Product) -> int:
+    """Cells from one input channel, or one phase of it, to the next in what is read."""
+    return step.given[0].plane if step.linear or Tiling.of(step).even else Tiling.of(step.shares or step).reached
+
+
+def entries(step: Product) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """For each filter, the offsets of its non-zero weights from the first cell that is read, ascending; and values."""
+    reach, pitch, held, channel = Reach.of(step), step.out.pitch, step.shares or step, distance(step)
+    before = Tiling.of(held).before
+    phases = {phase: index for index, phase in enumerate(Reach.of(held).phases)}
     inner = [phases[tap[:2]] * channel + before + tap[2] * pitch + tap[3] for tap in reach.taps.values()]
     filters, fan_in = step.weight.shape[:2]
     for index, weight in enumerate(step.weight.reshape(filters, fan_in, -1)):

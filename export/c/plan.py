@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from rprune.errors import InputError
-from rprune.export.c.layout import place, settle_borders
+from rprune.export.c.layout import place, settle_borders, share_phases
 from rprune.export.c.steps import Dequantize, Elementwise, Flatten, Plan, Pool, Product, Step, Sum, Value, reads
 from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, note_shapes, output_of, shape_of
 from rprune.quantization.simulate import LEVELS, QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, QOutput, Scale
@@ -29,6 +29,7 @@ def plan_of(network: fx.GraphModule, input_shape: tuple[int, int, int]) -> Plan:
     plan = planner.plan(input_shape)
     _fuse(plan)
     settle_borders(plan)
+    share_phases(plan)
     place(plan)
     return plan
 

@@ -84,6 +84,7 @@ class Product(Step):
     own: Value | None = None  # the result before the sum, where there is one
     sum: Sum | None = None
     logits: bool = False
+    shares: Product | None = None  # an earlier convolution whose phases of the same input this one reads
 
     @property
     def linear(self) -> bool:

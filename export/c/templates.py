@@ -12,7 +12,9 @@ HEADER = """\
 
    Compile with -O3 for the CPU it runs on (-march=native, -mcpu=...), for a microcontroller with -Os, and without
    -ffast-math. GCC and Clang use vectors on x86-64 and 64-bit ARM; MODEL_SCALAR turns them off, and other compilers
-   take plain C99. Integers give the same results everywhere, floats the same up to rounding. */
+   take plain C99. Integers give the same results everywhere, floats the same up to rounding.
+
+   Vectors hold floats, of integer models too, but for x86-64 with VNNI, where integers are bytes as without vectors. */
 #ifndef RPRUNE_MODEL_H
 #define RPRUNE_MODEL_H
 
@@ -25,7 +27,7 @@ HEADER = """\
 #define MODEL_CLASSES {classes}
 #define MODEL_INTEGERS {integers}
 
-/* Bytes of static memory (.bss), with vectors and without; less than 2,048 bytes of stack come to it. */
+/* Bytes of static memory (.bss), with vectors of floats and without; less than 2,048 bytes of stack come to it. */
 #define MODEL_RAM_VECTOR {vector}
 #define MODEL_RAM_SCALAR {scalar}
 /* Bytes of constant tables, in flash on a microcontroller; code and the layers' records come to it, some kilobytes. */

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from rprune.export.c.layout import LANES, Reach, Tiling, entries
+from rprune.export.c.layout import LANES, Reach, Tiling, distance, entries
 from rprune.export.c.plan import plan_of
 from rprune.export.c.steps import Dequantize, Elementwise, Flatten, Plan, Pool, Product, Step, Value
 from rprune.export.c.templates import HEADER, RUN
@@ -45,14 +45,19 @@ class _Writer:
         self.plan, self.name = plan, name
         self.tables: list[str] = []
         self.body: list[str] = []
+        self.entries: dict[Product, tuple[int, bool]] = {}
         self.bytes = [0, 0]  # of tables, with bytes for weights and with floats
         self.scratch = self.tile = 1
         self.wide = False
         self.needed: set[str] = set()  # parts of the kernels
+        self.masks: set[str] = set()
 
     def write(self) -> CSource:
-        for index, step in enumerate(self.plan.steps):
-            self.body.append(self._step(f"s{index}", step))
+        named = {f"s{index}": step for index, step in enumerate(self.plan.steps)}
+        for name, step in named.items():
+            if isinstance(step, Product):
+                self.entries[step] = self._entries(name, step)
+        self.body = [self._step(name, step) for name, step in named.items()]
         source = "\n".join(
             [
                 f'#include "{self.name}.h"', "",
@@ -111,20 +116,21 @@ class _Writer:
         return f"add({a}, {first}, {self._place(step.given[1])}, {images}, &{name});"
 
     def _conv(self, name: str, step: Product) -> str:
-        reach, tiling = Reach.of(step), Tiling.of(step)
+        tiling, held = Tiling.of(step), step.shares or step
+        reach, channel = Reach.of(held), distance(step)
         given, out, own, add = step.given[0], step.out, step.own or step.out, step.sum
-        channel = given.plane if tiling.even else tiling.reached
-        groups, filled = self._entries(name, entries(step, channel), step)
         self.tile = max(self.tile, tiling.tile)
         if not tiling.even:
             self.scratch = max(self.scratch, given.channels * len(reach.phases) * channel)
         layer: dict[str, Any] = self._shared(name, step) | {
-            "filters": len(step.weight), "groups": groups, "positions": tiling.positions, "tile": tiling.tile,
-            "before": tiling.before, "in_place": int(tiling.even), "channels": given.channels, "channel": channel,
+            "filters": len(step.weight), "groups": self.entries[step][0], "positions": tiling.positions,
+            "tile": tiling.tile, "before": tiling.before, "ready": int(tiling.even or held is not step),
+            "in_place": int(tiling.even), "channels": given.channels, "channel": channel,
             "in_pitch": given.pitch, "in_plane": given.plane, "in_zero": given.zero, "phases": len(reach.phases),
             "stride_y": step.stride[0], "stride_x": step.stride[1],
             "phase": self._table(f"{name}_phase", "int16_t", _phases(step, reach)),
-            "read": self._table(f"{name}_read", "uint8_t", _read(step, reach) | filled),  # fillers read anything
+            "read": self._table(f"{name}_read", "uint8_t", self._read(step, reach)),
+            "inside": f"INSIDE({self._inside(out, tiling)})",
             "pitch": out.pitch, "plane": out.plane, "zero": own.zero, "top": own.top,
             "relu": int(step.relu if add is None or self.plan.integers else add.relu),
         }  # fmt: skip
@@ -137,11 +143,28 @@ class _Writer:
         other = "0" if add is None else self._place(add.other)
         return f"conv(&{name}, {self._place(given)}, &{self._image(name + '_out', out)}, {self._place(out)}, {other});"
 
+    def _read(self, step: Product, reach: Reach) -> NDArray[Any]:
+        """Of each channel's phases: does an entry of a layer that works on them read it?"""
+        layers = [step, *(other for other in self.entries if other.shares is step)]
+        read = np.zeros((step.given[0].channels, len(reach.phases)), np.uint8)
+        for layer in layers:
+            read |= _alive(layer, reach) | self.entries[layer][1]  # fillers read anything
+        return read
+
+    def _inside(self, out: Value, tiling: Tiling) -> str:
+        """The table of which positions are pixels; layers of one size share it."""
+        cells = -(-tiling.positions // tiling.tile) * tiling.tile + LANES
+        name = f"inside_{out.height}_{out.width}_{out.pitch}_{cells}"
+        if name not in self.masks:
+            self.masks.add(name)
+            y, x = np.divmod(np.arange(cells), out.pitch)
+            self.tables.append("#if DOT || VECTOR")
+            self._table(name, "lane", -((y < out.height) & (x < out.width)).astype(np.int8))
+            self.tables.append("#endif")
+        return name
+
     def _linear(self, name: str, step: Product) -> str:
         given, out = step.given[0], step.out
-        rows = step.weight.reshape(len(step.weight), -1)
-        places = [row.nonzero()[0] for row in rows]
-        self._entries(name, ((at * given.plane, row[at]) for at, row in zip(places, rows, strict=True)), step)
         layer = self._shared(name, step) | {
             "filters": len(step.weight), "in_zero": given.zero, "relu": int(step.relu),
         }  # fmt: skip
@@ -158,11 +181,11 @@ class _Writer:
             found["scale"] = self._table(f"{name}_scale", "float", step.scale)
         return found
 
-    def _entries(self, name: str, rows: Iterable[tuple[NDArray[Any], NDArray[Any]]], step: Product) -> tuple[int, bool]:
+    def _entries(self, name: str, step: Product) -> tuple[int, bool]:
         """The tables of gaps, values and counts; returns the groups of a filter, and whether fillers are among them."""
         exact = self.plan.integers and not step.linear  # linear layers add up integers
         filters = []
-        for (offsets, values), bias in zip(rows, step.bias, strict=True):
+        for (offsets, values), bias in zip(entries(step), step.bias, strict=True):
             cuts = _cuts(values, int(bias)) if exact else []
             parts = zip(np.split(offsets, cuts), np.split(values, cuts), strict=True)
             filters.append([_filled(*part) for part in parts])
@@ -178,7 +201,8 @@ class _Writer:
 
     def _table(self, name: str, kind: str, values: NDArray[Any]) -> str:
         size = {"uint8_t": 1, "int16_t": 2, "uint16_t": 2}.get(kind, 4)
-        self.bytes[0] += values.size * (1 if kind == "tap" and self.plan.integers else size)
+        if kind != "lane":  # of vectors only
+            self.bytes[0] += values.size * (1 if kind == "tap" and self.plan.integers else size)
         self.bytes[1] += values.size * size
         flat = values.reshape(-1)
         words = [str(int(v)) for v in flat] if flat.dtype.kind in "iu" else [_float(v) for v in flat]
@@ -231,12 +255,13 @@ def _phases(step: Product, reach: Reach) -> NDArray[Any]:
     return np.array([[*phase, *sides] for phase, *sides in zip(reach.phases, rows, columns, strict=True)])
 
 
-def _read(step: Product, reach: Reach) -> NDArray[Any]:
+def _alive(step: Product, reach: Reach) -> NDArray[np.uint8]:
     """Of each channel's phases: does a weight that is not zero read it?"""
     filters, fan_in = step.weight.shape[:2]
-    alive = step.weight.reshape(step.groups, filters // step.groups, fan_in, -1).any(1).reshape(-1, len(reach.taps))
-    phases = [[tap[:2] == phase for tap in reach.taps.values()] for phase in reach.phases]
-    return np.array([(alive & np.array(taps)).any(1) for taps in phases]).T.astype(np.uint8)
+    taps = Reach.of(step).taps.values()
+    alive = step.weight.reshape(step.groups, filters // step.groups, fan_in, -1).any(1).reshape(-1, len(taps))
+    phases = [[tap[:2] == phase for tap in taps] for phase in reach.phases]
+    return np.array([(alive & np.array(found)).any(1) for found in phases]).T.astype(np.uint8)
 
 
 def _filled(offsets: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
