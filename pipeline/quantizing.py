@@ -36,7 +36,7 @@ from rprune.pruning import codebook
 from rprune.quantization import ptq
 from rprune.quantization.guarantees import saturating_pairs
 from rprune.quantization.ptq import Quantization, simulated
-from rprune.quantization.qat import fake_quantized, trained
+from rprune.quantization.qat import fake_quantized, inputs, trained
 from rprune.quantization.weights import KEEPS
 from rprune.training.loop import FitResult
 from rprune.training.qat import QuantizationAware
@@ -66,7 +66,7 @@ def _ptq(bench: Bench, source: Artifact, stage: QuantizeStage, _: Path | None) -
 
 
 def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path | None) -> Artifact:
-    """Training of the folded network with its integers' values, from where calibration puts them.
+    """Training of the folded network with its integers' values, from where calibration puts them, biases included.
 
     The better of the two by validation stays; epoch 0 is calibration.
     """
@@ -75,13 +75,13 @@ def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path 
     stage = stage.model_copy(update={"epochs": stage.epochs or EPOCHS, "lr": stage.lr or LR})
     base = flattened(source)
     network = trace(base.model(), bench.data.shape)
-    settings = replace(_settings(stage), bias_correction=False)
-    start = ptq.quantize(network, _calibration(bench, stage), settings)
+    start = ptq.quantize(network, _calibration(bench, stage), _settings(stage))
     calibrated = simulated(network, start)
+    ptq.take_biases(network, start)
     model = fake_quantized(network, start).to(bench.device)
     masks = {name: mask.to(bench.device) for name, mask in base.masks.items()}
     scales = {f"{name}.weight": scale for name, scale in start.weight_scales.items()}
-    pruner = QuantizationAware(model, masks, scales, stage.bits, stage.portable)
+    pruner = QuantizationAware(model, masks, scales, inputs(network, model), stage.bits, stage.portable)
     assert stage.epochs is not None
     fit = _fit(bench, "quantize", model, pruner, objective, stage, stage.epochs, state_file)
     state = model.state_dict() | pruner.weights()

@@ -16,7 +16,7 @@ from rprune.pruning.masks import Masks, count
 
 
 class Substituted(Pruner, ABC):
-    """The weights in use are a function of ``learned``; everything else of the model trains as it is.
+    """The weights in use, and what else ``_held`` names, are a function of ``learned``; the rest trains as it is.
 
     Derived classes fill ``learned`` (tensors by name), write the weights in :meth:`refresh`, and call it once they are
     complete.
@@ -25,16 +25,15 @@ class Substituted(Pruner, ABC):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.learned: dict[str, Tensor] = {}
-        self._held = prunable(model)
-        held = {id(weight) for weight in self._held.values()}
-        self._others = [parameter for parameter in model.parameters() if id(parameter) not in held]
+        self._held: dict[str, Tensor] = dict(prunable(model))
 
     @abstractmethod
     def effective(self) -> dict[str, Tensor]:
         """Weights in use, as a differentiable function of what is learned."""
 
     def parameters(self) -> Iterable[Tensor]:
-        return [*self.learned.values(), *self._others]
+        held = {id(tensor) for tensor in self._held.values()}
+        return [*self.learned.values(), *(tensor for tensor in self.model.parameters() if id(tensor) not in held)]
 
     def before_step(self) -> None:
         gradients = {name: w.grad for name, w in self._held.items() if w.grad is not None}

@@ -155,6 +155,17 @@ def corrected(
     return replace(quantization, biases=biases)
 
 
+@torch.no_grad()
+def take_biases(network: fx.GraphModule, quantization: Quantization) -> None:
+    """The biases of a traced network become those of its integers: corrections included, where it has biases."""
+    plan = Plan(network)
+    for node, product in plan.products():
+        name = str(node.target)
+        if product.bias is not None:
+            given = quantization.activations[plan.source(node).name].scale
+            product.bias.copy_(quantization.biases[name] * (quantization.weight_scales[name] * given))
+
+
 def _corrected_bias(module: QMatmul, source: Any, inputs: list[Tensor]) -> Tensor:
     """The bias without the mean error of the weights, int32 (o,)."""
     count = sum(len(part) for part in inputs)

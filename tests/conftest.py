@@ -49,6 +49,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
 
 
+@pytest.fixture
+def c_cache(tmp_path_factory, monkeypatch):
+    """Compiled C goes to a folder of the tests' own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
+
+
 @pytest.fixture(scope="session")
 def load_helper():
     """Import a helper file below tests/ (tests are no package)."""

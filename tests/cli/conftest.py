@@ -25,6 +25,16 @@ class Result:
     def json(self) -> Any:
         return json.loads(self.out)
 
+    def refused(self, code: int) -> str:
+        """One line of error and one of hint, nothing else; returns the former."""
+        assert self.code == code, self.err
+        assert self.out == ""
+        error, hint = self.err.splitlines()
+        assert error.startswith("error: ")
+        assert hint.startswith("hint: ")
+        assert self.err.replace("\n", "").isprintable()
+        return error
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -104,12 +114,6 @@ def contents():
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     return read
-
-
-@pytest.fixture
-def c_cache(tmp_path_factory, monkeypatch):
-    """Compiled C goes to a folder of the tests' own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
 
 
 @pytest.fixture(scope="session")

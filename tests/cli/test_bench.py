@@ -13,15 +13,6 @@ QUICK = ("--rounds", 1, "--batch-size", "1,3", "--threads", "1")
 pytestmark = pytest.mark.usefixtures("c_cache")
 
 
-def refused(said, code: int) -> str:
-    assert said.code == code, said.err
-    assert said.out == ""
-    error, hint = said.err.splitlines()
-    assert error.startswith("error: ")
-    assert hint.startswith("hint: ")
-    return error
-
-
 @pytest.mark.slow
 def test_json_of_a_folder(bundle, call, contents):
     before = contents(bundle)
@@ -100,7 +91,7 @@ def folder(bundle, tmp_path):
 )
 def test_errors_are_one_line(folder, call, contents, arguments, code, words):
     before = contents(folder)
-    assert words in refused(call("bench", *arguments, cwd=folder), code)
+    assert words in call("bench", *arguments, cwd=folder).refused(code)
     assert contents(folder) == before
 
 
@@ -117,5 +108,5 @@ def test_models_of_different_images(folder, call):
     shape = (3, 32, 32)
     other = plain_model(trace(build(Architecture("cnn-small", 10, shape)).eval(), shape), shape, 10)
     (folder / "other.onnx").write_bytes(other.SerializeToString())
-    error = refused(call("bench", "model.c", "other.onnx", *QUICK, cwd=folder), 3)
+    error = call("bench", "model.c", "other.onnx", *QUICK, cwd=folder).refused(3)
     assert "different sizes: [(1, 8, 8), (3, 32, 32)]" in error

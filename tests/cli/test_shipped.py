@@ -28,15 +28,6 @@ DATA = ("--data", "digits", "--eps", "0.03")
 pytestmark = pytest.mark.usefixtures("c_cache")
 
 
-def refused(said, code: int) -> str:
-    assert said.code == code, said.err
-    assert said.out == ""
-    error, hint = said.err.splitlines()
-    assert error.startswith("error: ")
-    assert hint.startswith("hint: ")
-    return error
-
-
 @pytest.fixture
 def folder(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / "out")
@@ -153,7 +144,7 @@ def robust_tried(found) -> int:
 def test_where_every_attack_needs_gradients_nothing_runs(alone, call, contents):
     before = contents(alone)
     for command in (("attack", "model.c", "--no-health"), ("evaluate", "model.c")):
-        error = refused(call(*command, *DATA, "--suite", "fgsm", "-n", 20, cwd=alone), 2)
+        error = call(*command, *DATA, "--suite", "fgsm", "-n", 20, cwd=alone).refused(2)
         assert "fgsm cannot run: there is no net to search on" in error
     assert contents(alone) == before
 
@@ -232,7 +223,7 @@ def test_certificates_as_json_and_by_name(folder, call):
     assert said.json["smoothing"]["sigma"] == 0.1
     assert len(said.json["smoothing"]["samples"]) == 2
     again = call("certify", "out/model.c", *options, "-o", "proof.json", cwd=folder)
-    assert "proof.json exists" in refused(again, 2)
+    assert "proof.json exists" in again.refused(2)
     assert call("certify", "out/model.c", *options, "-o", "proof.json", "--force", cwd=folder).code == 0
 
 
@@ -286,7 +277,7 @@ def test_errors_are_one_line_and_write_nothing(folder, call, contents, arguments
     write_data(folder / "large.npz", (3, 16, 16), 10)
     write_data(folder / "two.npz", (1, 8, 8), 2)
     before = contents(folder)
-    assert words in refused(call(*arguments, cwd=folder), code)
+    assert words in call(*arguments, cwd=folder).refused(code)
     assert contents(folder) == before
 
 
@@ -299,4 +290,4 @@ def write_data(path, shape: tuple[int, int, int], classes: int) -> None:
 
 def test_a_compiler_that_is_not_there(folder, call, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler -O2")
-    assert "cannot run the C compiler no-such-compiler" in refused(call("evaluate", "out/model.c", cwd=folder), 4)
+    assert "cannot run the C compiler no-such-compiler" in call("evaluate", "out/model.c", cwd=folder).refused(4)

@@ -31,16 +31,6 @@ def packed_float(load_helper) -> bytes:
     return pack_float(trace(nets.make("cnn-small", 0.2), nets.SHAPE), {})
 
 
-def refused(said, code: int = 3) -> str:
-    assert said.code == code, said.err
-    assert said.out == ""
-    error, hint = said.err.splitlines()
-    assert error.startswith("error: ")
-    assert hint.startswith("hint: ")
-    assert said.err.replace("\n", "").isprintable()
-    return error
-
-
 def test_the_dense_files_come_back(folder, call, bundle):
     said = call("unpack", NAME, "-o", "back", cwd=folder)
     assert (said.code, said.err) == (0, "")
@@ -75,7 +65,7 @@ def test_a_float_network_comes_back(folder, call, packed_float):
     assert weights
     assert all(np.array_equal(tensors[name], weight) for name, weight in weights.items())
     assert OnnxClassifier(folder / "back" / "model.onnx").input_shape == (1, 8, 8)
-    refused(call("unpack", "f.packed.safetensors", "-o", "more", "--format", "onnx-int8", cwd=folder), 2)
+    call("unpack", "f.packed.safetensors", "-o", "more", "--format", "onnx-int8", cwd=folder).refused(2)
     assert not (folder / "more").exists()
 
 
@@ -85,9 +75,9 @@ def test_what_exists_is_kept_without_force(folder, call, contents):
     (folder / "file").write_text("precious")
     before = contents(folder)
     for output in ("full", "file", NAME):
-        assert f"{output} exists" in refused(call("unpack", NAME, "-o", output, cwd=folder), 2)
+        assert f"{output} exists" in call("unpack", NAME, "-o", output, cwd=folder).refused(2)
     for output in ("file", NAME):
-        error = refused(call("unpack", NAME, "-o", output, "--force", cwd=folder), 2)
+        error = call("unpack", NAME, "-o", output, "--force", cwd=folder).refused(2)
         assert f"{output} exists" in error
     assert contents(folder) == before
 
@@ -117,7 +107,7 @@ def test_force_replaces_files_and_deletes_none(folder, call, contents, bundle):
 )
 def test_formats_that_it_does_not_have(folder, call, contents, formats, words):
     before = contents(folder)
-    assert words in refused(call("unpack", NAME, "-o", "back", "--format", formats, cwd=folder), 2)
+    assert words in call("unpack", NAME, "-o", "back", "--format", formats, cwd=folder).refused(2)
     assert contents(folder) == before
 
 
@@ -180,18 +170,20 @@ DAMAGES = {
 def test_damaged_and_hostile_files(bundle, tmp_path, call, contents, damage):
     (tmp_path / "bad.packed.safetensors").write_bytes(DAMAGES[damage]((bundle / NAME).read_bytes()))
     before = contents(tmp_path)
-    error = refused(call("unpack", "bad.packed.safetensors", "-o", "back", cwd=tmp_path))
+    error = call("unpack", "bad.packed.safetensors", "-o", "back", cwd=tmp_path).refused(3)
     assert "bad.packed.safetensors: not a sound packed file" in error
     assert contents(tmp_path) == before
     assert not (tmp_path / "back").exists()
 
 
 def test_files_that_are_no_packed_files(folder, call, bundle):
-    assert "not a sound packed file" in refused(call("unpack", bundle / "model.safetensors", "-o", "back", cwd=folder))
-    assert "not a sound packed file" in refused(call("unpack", bundle / "model.onnx", "-o", "back", cwd=folder))
-    assert "cannot read none" in refused(call("unpack", "none", "-o", "back", cwd=folder))
-    assert "cannot read" in refused(call("unpack", ".", "-o", "back", cwd=folder))
+    assert "not a sound packed file" in call("unpack", bundle / "model.safetensors", "-o", "back", cwd=folder).refused(
+        3
+    )
+    assert "not a sound packed file" in call("unpack", bundle / "model.onnx", "-o", "back", cwd=folder).refused(3)
+    assert "cannot read none" in call("unpack", "none", "-o", "back", cwd=folder).refused(3)
+    assert "cannot read" in call("unpack", ".", "-o", "back", cwd=folder).refused(3)
     with Path(folder / "huge").open("wb") as file:
         file.truncate((1 << 30) + 1)  # a hole, which takes no disk
-    assert "larger than 1 GiB" in refused(call("unpack", "huge", "-o", "back", cwd=folder))
+    assert "larger than 1 GiB" in call("unpack", "huge", "-o", "back", cwd=folder).refused(3)
     assert not (folder / "back").exists()

@@ -19,6 +19,8 @@ from rprune.export.c.engine import CClassifier
 from rprune.export.c.writer import c_source
 from rprune.models.graph import trace
 
+pytestmark = pytest.mark.usefixtures("c_cache")
+
 CLASSES = 5
 LARGEST_SIDE = 40
 BUILDS = {
@@ -31,11 +33,6 @@ SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover
 @pytest.fixture(scope="module")
 def nets(load_helper):
     return load_helper("quantization/nets.py")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
 
 
 class RandomNet(nn.Module):

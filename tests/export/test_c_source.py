@@ -25,6 +25,8 @@ from rprune.export.session import OnnxClassifier
 from rprune.models.graph import trace
 from rprune.quantization.ptq import Settings, quantize, simulated
 
+pytestmark = pytest.mark.usefixtures("c_cache")
+
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
 BUILDS = {
     "native": engine.FLAGS,
@@ -44,11 +46,6 @@ SHAPE = (1, 8, 8)
 @pytest.fixture(scope="module")
 def nets(load_helper):
     return load_helper("quantization/nets.py")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
 
 
 def written(network: Any, folder: Path, shape: tuple[int, int, int] = SHAPE) -> Path:

@@ -22,12 +22,9 @@ from rprune.export.speed import BLOCK, core_counts, is_dense, latencies, measure
 from rprune.models.flat import canonical
 from rprune.models.graph import trace
 
+pytestmark = pytest.mark.usefixtures("c_cache")
+
 FILES = ["model.c", "model.compact.onnx", "model.int8.onnx", "model.onnx", "model.packed.safetensors"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
 
 
 @pytest.fixture(scope="module")

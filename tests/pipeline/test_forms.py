@@ -27,12 +27,9 @@ from rprune.pipeline.unpacking import read_packed, unpacked
 from rprune.reports.schema import Report, read_report
 from rprune.reports.verify import verify
 
+pytestmark = pytest.mark.usefixtures("c_cache")
+
 ALL = tuple(name for name in FORMATS if name not in ("safetensors", "onnx", "onnx-int8"))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
 
 
 @pytest.fixture(scope="module")
