@@ -21,8 +21,8 @@ from rprune.quantization.simulate import Scale
 from rprune.quantization.weights import half_up, integers, least_scale, per_channel, portable_scale, top_weight
 
 SMALLEST = 2.0**-24  # of a scale: float16's least number
-# the net of benchmarks/bits.py at 0.99, seed 0, of 359 samples under APGD: 247 left with 8 bits, 218 with 4; by LSQ's own
-# steps 240, which is what calibration leaves, and 217
+# the net of benchmarks/bits.py at 0.99, seed 0, of 359 samples under APGD: 247 left with 8 bits, 218 with 4; by LSQ's
+# own steps 240, which is what calibration leaves, and 217
 SLOWER = 0.1
 
 
