@@ -26,9 +26,13 @@ Interval = tuple[Tensor, Tensor]
 
 def box(x: Float[Tensor, "b c h w"], threat: ThreatModel) -> Interval:
     """float64 pixel bounds in [0,1] that contain the threat's ball (in l2 too no pixel moves by more than eps)."""
-    x = x.double()
-    reach = threat.eps + OUTWARD if threat.eps > 0 else 0.0
+    x, reach = x.double(), outward(threat).eps
     return (x - reach).clamp_min(0), (x + reach).clamp_max(1)
+
+
+def outward(threat: ThreatModel) -> ThreatModel:
+    """The threat as it is proved: a little wider, unless it is none."""
+    return ThreatModel.of(threat.norm, repr(threat.eps + OUTWARD)) if threat.eps > 0 else threat
 
 
 def bounds(network: fx.GraphModule, lo: Tensor, hi: Tensor) -> Interval:

@@ -32,8 +32,7 @@ class CROWNIBP(Objective):
     HYDRA trains for eps 0.007 where its paper says 2/255, and clamps the box to the batch's own range; here eps is the
     threat's and the box is [0, 1]. The natural pass moves batch norm's running statistics, which the bounds use, and
     is logged. An l2 ball is bounded by the dual norm in m_CROWN and enclosed in the linf ball in m_IBP, so an l2 threat
-    wants final_beta 1. Max pooling has no linear bounds: InputError. Validation attacks with PGD; take
-    ``select = "last"``, as HYDRA does.
+    wants final_beta 1. Validation attacks with PGD; take ``select = "last"``, as HYDRA does.
     """
 
     paper: ClassVar[str] = "Zhang et al., ICLR 2020"

@@ -62,7 +62,7 @@ class MixTrain(Objective):
             natural = self.cross_entropy(logits, y)
             if not mixed:
                 return Loss(natural, logits, {"ce": natural.detach()})
-            lower = Bounds(net, x[chosen], threat, "parallel").linear_margins(y[chosen])
+            lower = Bounds(net, x[chosen], threat, "parallel", tighten=True).linear_margins(y[chosen])
             bound = self.weight(progress) * self.cross_entropy(-lower, y[chosen])
             return Loss(natural + bound, logits, {"ce": natural.detach(), "bound": bound.detach()})
 

@@ -20,7 +20,8 @@ from rprune.threat import ThreatModel
 
 LINF, L2 = ThreatModel("linf", "0.03"), ThreatModel("l2", "0.2")
 both_norms = pytest.mark.parametrize("threat", [LINF, L2], ids=str)
-KINDS = ("interval", "crown", "parallel")
+DIFFERENTIABLE = ("interval", "crown", "parallel", "tightened")
+KINDS = (*DIFFERENTIABLE, "optimised")
 SHAPE = (2, 6, 6)
 CLASSES = 4
 
@@ -69,6 +70,16 @@ def all_convolutional() -> nn.Module:
     )
 
 
+def pooled(pool: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(width, CLASSES)
+    ).double()  # fmt: skip
+
+
+POOLS = {
+    "plain": nn.MaxPool2d(2), "overlapping": nn.MaxPool2d(3, 1), "padded": nn.MaxPool2d(3, 2, 1),
+    "unequal": nn.MaxPool2d((1, 4), (2, 1)),
+}  # fmt: skip
 NETS = {
     "residual": Residual,
     "strided": strided,
@@ -98,7 +109,10 @@ def batch(n: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def lower(kind: str, net: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-    bounds = Bounds(net, x, threat, "parallel" if kind == "parallel" else "crown")
+    parallel = kind == "parallel"
+    bounds = Bounds(net, x, threat, "parallel" if parallel else "crown", tighten=kind not in ("interval", "crown"))
+    if kind == "optimised":
+        return bounds.optimised_margins(y)
     return bounds.interval_margins(y) if kind == "interval" else bounds.linear_margins(y)
 
 
@@ -173,7 +187,7 @@ def test_linear_bounds_are_exact_where_no_relu_is_unstable(name: str) -> None:
         (gradient,) = torch.autograd.grad(margins(net(points), y)[:, other].sum(), points)
         corner = (x - threat.eps * gradient.sign()).clamp(0, 1)
         wanted[:, other] = margins(net(corner), y)[:, other].detach()
-    for kind in ("crown", "parallel"):
+    for kind in KINDS[1:]:
         found = lower(kind, net, x, y, threat)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
         assert bool((found >= lower("interval", net, x, y, threat) - 1e-12).all())
@@ -181,9 +195,10 @@ def test_linear_bounds_are_exact_where_no_relu_is_unstable(name: str) -> None:
 
 @both_norms
 @every_net
-def test_symbolic_bounds_only_tighten_intervals(name: str, threat: ThreatModel) -> None:
+@pytest.mark.parametrize("relaxation", ["crown", "parallel"])
+def test_symbolic_bounds_only_tighten_intervals(name: str, threat: ThreatModel, relaxation: str) -> None:
     net, (x, y) = make(name), batch()
-    loose, tight = Bounds(net, x, threat), Bounds(net, x, threat, "parallel")
+    loose, tight = Bounds(net, x, threat), Bounds(net, x, threat, relaxation, tighten=True)
     for node, (low, high) in tight.intervals.items():
         assert bool((low >= loose.intervals[node][0] - 1e-12).all())
         assert bool((high <= loose.intervals[node][1] + 1e-12).all())
@@ -326,7 +341,7 @@ def test_l2_margins_of_one_hidden_layer_by_hand() -> None:
 # -- gradients --------------------------------------------------------------------------------------------------------
 @every_net
 @both_norms
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFERENTIABLE)
 def test_gradient_by_finite_differences(name: str, threat: ThreatModel, kind: str) -> None:
     net, (x, y) = make(name), batch(3)
 
@@ -349,7 +364,7 @@ def test_gradient_by_finite_differences(name: str, threat: ThreatModel, kind: st
     assert wanted == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFERENTIABLE)
 def test_channels_that_pruning_has_emptied_keep_gradients_finite(kind: str) -> None:
     net, (x, y) = make("strided"), batch()
     with torch.no_grad():
@@ -418,11 +433,29 @@ def test_the_graph_does_not_keep_a_net_alive() -> None:
     assert len(live._graphs) == count
 
 
-@pytest.mark.parametrize("relaxation", ["crown", "parallel"])
-def test_max_pooling_has_intervals_but_no_linear_bounds(relaxation: str) -> None:
-    net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, CLASSES)).double()
+@both_norms
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("kind", ["interval", "crown", "tightened", "optimised"])
+def test_bounds_hold_through_max_pooling(pool: str, kind: str, threat: ThreatModel) -> None:
+    torch.manual_seed(0)
+    layer = POOLS[pool]
+    net = pooled(layer, 2 * layer(torch.zeros(1, 1, 4, 4)).numel())
     x, y = batch()
-    bounds = Bounds(net, x, LINF, relaxation)
+    found, worst = lower(kind, net, x, y, threat), torch.full((len(x), CLASSES), torch.inf, dtype=x.dtype)
+    with torch.no_grad():
+        for point in ball(x, threat, 200):
+            worst = torch.minimum(worst, margins(net(point), y))
+    assert bool((found <= worst + 1e-10).all())
+    none = lower(kind, net, x, y, ThreatModel(threat.norm, "0"))
+    torch.testing.assert_close(none, margins(net(x), y), rtol=1e-9, atol=1e-9)
+    if kind != "interval" and threat.norm == "linf":
+        assert bool((found >= lower("interval", net, x, y, threat) - 0.05).all())
+
+
+def test_max_pooling_has_no_parallel_bounds() -> None:
+    net = pooled(nn.MaxPool2d(2), 8)
+    x, y = batch()
+    bounds = Bounds(net, x, LINF, "parallel")
     assert torch.isfinite(bounds.interval_margins(y)).all()
     with pytest.raises(InputError, match="max pooling"):
         bounds.linear_margins(y)

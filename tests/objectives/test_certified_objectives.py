@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rprune.attacks.base import cross_entropy
 from rprune.attacks.noise import Stream
 from rprune.certification import ibp
 from rprune.certification.live import Bounds
@@ -16,6 +17,7 @@ from rprune.objectives.benign import Benign
 from rprune.objectives.crown_ibp import CROWNIBP
 from rprune.objectives.ibp import IBP, certified, ramped
 from rprune.objectives.mixtrain import MixTrain
+from rprune.objectives.mtl_ibp import MTLIBP
 from rprune.threat import ThreatModel
 
 LINF = ThreatModel.of("linf", "8/255")
@@ -62,6 +64,22 @@ def test_loss_of_ibp(tiny, progress):
     assert float(loss.value.detach()) == pytest.approx(kappa * natural + (1 - kappa) * robust, rel=1e-9)
     assert float(loss.parts["ce"]) == pytest.approx(natural, rel=1e-9)
     assert float(loss.parts["ce_bound"]) == pytest.approx(robust, rel=1e-9)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.25, 0.9])
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.6, 1.0])
+def test_loss_of_mtl_ibp(tiny, progress, alpha):
+    net, (x, y) = tiny.net(dtype=torch.float64).eval(), tiny.batch(dtype=torch.float64)
+    reached = min(progress / 0.5, 1)
+    objective = MTLIBP(threat=LINF, alpha=alpha)
+    loss = loss_of(objective, net, x, y, progress)
+    noise = Stream(torch.Generator().manual_seed(0))
+    point = objective.attack.training_point(net, x, LINF.scaled(2 * reached), cross_entropy(y), noise)
+    assert float((point - x).abs().max()) <= 2 * LINF.eps * reached + 1e-12
+    adversarial = float(nn.functional.cross_entropy(net(point), y).detach())
+    _, robust, _ = cross_entropies(net, x, y, LINF.scaled(reached))
+    assert float(loss.value.detach()) == pytest.approx((1 - alpha) * adversarial + alpha * robust, rel=1e-9)
+    assert float(loss.parts["ce"]) == pytest.approx(adversarial, rel=1e-9)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.15, 0.3, 0.6, 0.9])
@@ -112,7 +130,7 @@ def test_weight_of_mixtrain_is_hydras_by_epochs():
 def test_loss_of_mixtrain(tiny):
     net, (x, y) = tiny.net(dtype=torch.float64).eval(), tiny.batch(16, dtype=torch.float64)
     natural = nn.functional.cross_entropy(net(x), y)
-    margins = Bounds(net, x, LINF, "parallel").linear_margins(y)
+    margins = Bounds(net, x, LINF, "parallel", tighten=True).linear_margins(y)
     each = nn.functional.cross_entropy(-margins, y, reduction="none").detach()
     objective = MixTrain(threat=LINF, samples=1)
     weight, found = objective.weight(0.4), set()
@@ -131,7 +149,7 @@ def test_loss_of_mixtrain(tiny):
 
 def test_mixtrain_bounds_distinct_images_and_no_more_than_there_are(tiny):
     net, (x, y) = tiny.net(dtype=torch.float64).eval(), tiny.batch(4, dtype=torch.float64)
-    wanted = nn.functional.cross_entropy(-Bounds(net, x, LINF, "parallel").linear_margins(y), y)
+    wanted = nn.functional.cross_entropy(-Bounds(net, x, LINF, "parallel", tighten=True).linear_margins(y), y)
     for samples in (4, 100):
         loss = loss_of(MixTrain(threat=LINF, samples=samples, alpha=1), net, x, y, 0.1667)
         assert float(loss.parts["bound"]) == pytest.approx(0.1 * float(wanted.detach()), rel=1e-4)
@@ -145,15 +163,14 @@ def test_share_of_mixed_batches_is_alpha(tiny):
     assert 105 <= mixed <= 135
 
 
-@pytest.mark.parametrize("name", ["crown-ibp", "mixtrain"])
-def test_max_pooling_is_refused_with_a_way_out(name):
+def test_max_pooling_is_refused_by_mixtrain_with_a_way_out():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5))
     x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
-    options = {"alpha": 1.0} if name == "mixtrain" else {}
     with pytest.raises(InputError, match="max pooling") as caught:
-        loss_of(OBJECTIVES.build({"name": name, **options}, threat=LINF), net, x, y, 0.1)
+        loss_of(MixTrain(threat=LINF, alpha=1.0), net, x, y, 0.1)
     assert "ibp" in caught.value.hint
-    assert torch.isfinite(loss_of(IBP(threat=LINF), net, x, y, 0.1).value)
+    for objective in (IBP(threat=LINF), CROWNIBP(threat=LINF), MTLIBP(threat=LINF)):
+        assert torch.isfinite(loss_of(objective, net, x, y, 0.1).value)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -185,14 +202,14 @@ def trained(objective, threat=STRIPES, steps=100):
             compute().value.backward()
             optimizer.step()
     found = ibp.certified(trace(net, (1, 4, 4)), x, y, threat).float().mean()
-    symbolic = certified(Bounds(net, x[:64], threat, "parallel").linear_margins(y[:64]))
+    symbolic = certified(Bounds(net, x[:64], threat, "parallel", tighten=True).linear_margins(y[:64]))
     return float(found), float(symbolic)
 
 
 def test_training_certifies_what_plain_training_does_not():
     assert trained(Benign())[0] < 0.1
-    for name in ("ibp", "crown-ibp"):
-        assert trained(OBJECTIVES.build(name, threat=STRIPES))[0] > 0.8, name
+    for spec in ("ibp", "crown-ibp", {"name": "mtl-ibp", "alpha": 0.6, "reach": 1.0}):
+        assert trained(OBJECTIVES.build(spec, threat=STRIPES))[0] > 0.8, spec
 
 
 def test_mixtrain_raises_the_symbolically_certified_share():

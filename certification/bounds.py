@@ -1,0 +1,59 @@
+"""Lower bounds of margins of a finished network by name, for the true class and all others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, fx
+
+from rprune.certification import ibp
+from rprune.certification.live import Bounds
+from rprune.certification.rounding import float_error
+from rprune.errors import UsageError
+from rprune.threat import ThreatModel
+
+Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
+METHODS: tuple[Method, ...] = ("ibp", "crown-ibp", "crown", "alpha-crown")  # from the cheapest on
+SECTIONS = {"ibp": 250, "crown-ibp": 50, "crown": 10, "alpha-crown": 10}  # images at once
+
+
+def lower_margins(
+    network: fx.GraphModule, x: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], threat: ThreatModel, method: Method
+) -> Float[Tensor, "b k"]:
+    """Lower bounds of z_y - z_j over the threat's ball, in real arithmetic, +inf at j = y; at least those of "ibp".
+
+    ``network``: float64, from ``trace``; for "ibp" also one from ``simulated``, whose integers are exact.
+
+    Raises UsageError for linear bounds of integers.
+    """
+    region = ibp.box(x, threat)
+    if method == "ibp":
+        return ibp.margins(network, *region, y)
+    if any(hasattr(module, "interval") for module in network.modules()):
+        raise UsageError(f"{method} does not bound integers", "use ibp for the 8-bit form; it is exact there")
+    bounds = Bounds(network, x.double(), ibp.outward(threat), tighten=method != "crown-ibp", pixels=region)
+    with torch.no_grad():
+        found = bounds.optimised_margins(y) if method == "alpha-crown" else bounds.linear_margins(y)
+        found = torch.fmax(found, bounds.interval_margins(y))
+    return found.scatter(1, y[:, None], torch.inf)
+
+
+def proved(lower: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    """Where every other class stays below. A bound that is not finite proves nothing."""
+    other = torch.ones_like(lower, dtype=torch.bool).scatter(1, y[:, None], False)
+    return ((lower > 0) & (torch.isfinite(lower) | ~other)).all(1)
+
+
+def smallest(lower: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """The smallest bound over the other classes."""
+    return lower.scatter(1, y[:, None], torch.inf).amin(1)
+
+
+def rounded_margins(
+    network: fx.GraphModule, x: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], threat: ThreatModel, lower: Tensor
+) -> Float[Tensor, "b k"]:
+    """``lower`` less what float32 sums in any order may add to the difference of two logits."""
+    error = float_error(network, *ibp.box(x, threat))
+    return lower - error - error.gather(1, y[:, None])
