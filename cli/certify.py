@@ -1,21 +1,56 @@
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, percent, print_json, print_table
+from rprune.cli.console import ProgressLines, note, percent, print_json, print_table, stdout
+
+if TYPE_CHECKING:
+    from rprune.pipeline.single import Request
 
 
 def certify(
-    model: o.Model,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A file or stage folder that rprune wrote, a state_dict, an ONNX file or model.c."),
+    ] = None,
     output: o.Output = None,
-    methods: Annotated[str | None, typer.Option("-m", "--method", help="ibp, smoothing, or both with a comma.")] = None,
+    vnnlib: Annotated[
+        Path | None, typer.Option("--vnnlib", help="Also write VNN-LIB files and the float ONNX for other verifiers.")
+    ] = None,
+    checked: Annotated[
+        Path | None, typer.Option("--check", help="Check a certificate instead: bytes, arithmetic, some samples anew.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=0, help="Samples of each kind that --check computes anew.")
+    ] = 5,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--method",
+            help="Comma-separated: auto (all bounds the form has), ibp, crown-ibp, crown, alpha-crown; smoothing.",
+        ),
+    ] = None,
     eps: o.Eps = None,
     norm: o.Norm = None,
     sigma: Annotated[float | None, typer.Option("--sigma", help="Noise of smoothing, in [0,1] pixel units.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Noise draws a sample.")] = None,
+    radius: Annotated[
+        float | None, typer.Option("--radius", help="l2 radius to prove by smoothing; else what covers the threat.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Noise draws a sample, at most.")] = None,
+    fixed_n: Annotated[
+        int | None,
+        typer.Option("--fixed-n", help="As many draws for each sample, as in CERTIFY, instead of stopping early."),
+    ] = None,
+    n0: Annotated[int | None, typer.Option("--n0", help="Draws that guess the class.")] = None,
+    noise: Annotated[
+        str | None, typer.Option("--noise", help="gauss, or grid: Gaussian rounded to 8-bit pixels, exact.")
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option("--alpha", help="Failure probability of a smoothing certificate.")
     ] = None,
@@ -30,44 +65,98 @@ def certify(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Prove robustness bounds: IBP for all inputs in the ball, randomized smoothing with a stated probability."""
+    """Prove robustness: bounds for all inputs in the ball, randomized smoothing with a stated probability.
+
+    The certificate is bound to the bytes of model and data; --check CERTIFICATE exits 5 where it does not hold.
+    """
+    from rprune.errors import UsageError
     from rprune.evaluation.certificates import SmoothedSet
     from rprune.files import refuse_overwrite, write_json
+    from rprune.pipeline.certificate import sealed
+    from rprune.pipeline.certifying import CLAIMS
+    from rprune.pipeline.certifying import certify as run_certify
+    from rprune.pipeline.properties import write_properties
     from rprune.pipeline.recipe import CertifyStage, validated
     from rprune.pipeline.shipped import SHIPPED, certify_file, open_target
     from rprune.pipeline.single import Request, certificates_beside, open_model
-    from rprune.pipeline.stages import certify as run_certify
+    from rprune.threat import ThreatModel
 
+    if checked is not None:
+        if model is not None:
+            raise UsageError("--check takes the certificate alone", "the model is the file that it names, beside it")
+        _check(checked, Request(data=data, arch=arch, device=device, download=download), samples, as_json, quiet)
+        return
+    if model is None:
+        raise UsageError("no model is named", "rprune certify MODEL, or --check CERTIFICATE")
     shipped = model.suffix in SHIPPED
-    methods = methods or ("smoothing" if shipped else None)
+    if vnnlib is not None:
+        if shipped:
+            raise UsageError("--vnnlib is for rprune's own files", "certify the model that the file was made from")
+        refuse_overwrite(vnnlib, force)
+    methods = methods or ("smoothing" if model.suffix == ".c" else None)
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
-    table = o.given(methods=chosen, sigma=sigma, n=n, alpha=alpha, limit=limit, smoothing_limit=limit, eps=eps)
+    if n is not None and fixed_n is not None:
+        raise UsageError("--n and --fixed-n are two tests", "give one of them")
+    table = o.given(
+        methods=chosen, sigma=sigma, radius=radius, n=n or fixed_n, test=None if fixed_n is None else "fixed", n0=n0,
+        noise=noise, alpha=alpha, limit=limit, smoothing_limit=limit, eps=eps,
+    )  # fmt: skip
     stage = validated(CertifyStage, o.with_settings(table, settings), "options")
     output = output or certificates_beside(model)
     with ProgressLines(quiet or as_json) as reporter:
         request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
         refuse_overwrite(output, force)
         if shipped:
-            found = certify_file(open_target(model, request, reporter), stage)
+            opened = open_target(model, request, reporter)
+            bench, found = opened.bench, certify_file(opened, stage)
         else:
             bench, source = open_model(model, request, reporter)
+            threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
+            written = 0 if vnnlib is None else write_properties(bench, source, threat, stage.limit, vnnlib)
             found = run_certify(bench, source, stage)
+    found = sealed(found, model, bench)
     write_json(output, found)
     if as_json:
         print_json(found)
         return
     rows = []
-    if ibp := found.get("ibp"):
-        for level in ibp["levels"]:
-            count = f"{level['correct']}/{ibp['n']}"
-            rows.append(["ibp", f"{ibp['norm']} {level['eps']}", percent(level["correct"] / ibp["n"]), count])
+    bounds = found.get("bounds")
+    if bounds:
+        for level in bounds["levels"]:
+            count = f"{level['correct']}/{bounds['n']}"
+            name = ", ".join(bounds["methods"]) if level["eps"] == bounds["eps"] else "bounds"
+            rows.append([name, f"{bounds['norm']} {level['eps']}", percent(level["correct"] / bounds["n"]), count])
     if smooth := found.get("smoothing"):
-        samples, size = smooth["samples"], len(smooth["samples"])
-        for radius in (0.0, smooth["sigma"], 2 * smooth["sigma"]):
-            right = SmoothedSet.from_rows(samples).correct_at(radius)
-            rows.append(["smoothing", f"l2 {radius:g}", percent(right / size), f"{right}/{size}"])
+        verdicts = SmoothedSet.from_rows(smooth["samples"])
+        for at in sorted({0.0, smooth["radius"]}):
+            right, size = verdicts.correct_at(at), len(verdicts.labels)
+            rows.append(["smoothing", f"l2 {at:.6g}", percent(right / size), f"{right}/{size}"])
     print_table(
         f"certified accuracy of the {found['form']} form -> {output}", ["method", "radius", "certified", "count"], rows
     )
+    if bounds and not quiet:
+        note(
+            f"At eps {bounds['eps']}: " + ", ".join(f"{count} {name}" for name, count in bounds["counts"].items()) + "."
+        )
+        note(f"Certified for {CLAIMS[bounds['claim']]}.")
+        if bounds["fp_any_order"] is not None:
+            note(f"Of these {bounds['fp_any_order']} also for {CLAIMS['fp-any-order']}.")
+    if vnnlib is not None and not quiet:
+        note(f"{vnnlib}: properties of {written} samples and the float network, which is what verifiers would check.")
     if not quiet and not shipped:
         note(f"Next: rprune export {model} -o DIR")
+
+
+def _check(certificate: Path, request: Request, samples: int, as_json: bool, quiet: bool) -> None:
+    from rprune.pipeline.certificate import check
+
+    done = []
+    with ProgressLines(quiet or as_json) as reporter:
+        for name, detail in check(certificate, request, reporter, samples):
+            done.append({"name": name, "detail": detail})
+            if not as_json:
+                stdout.print(Text.assemble(Text("✓", "green"), f" {name:<14} {detail}"))
+    if as_json:
+        print_json({"certificate": str(certificate), "holds": True, "checks": done})
+    else:
+        stdout.print(Text("CERTIFICATE HOLDS", "bold green"))

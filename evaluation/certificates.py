@@ -2,59 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, fx
 
-from rprune.certification.ibp import certified
+from rprune.certification.bounds import SECTIONS, Method, lower_margins, proved, rounded_margins, smallest
 from rprune.certification.smoothing import Smoothed, Smoothing
 from rprune.data.loaders import Loader
 from rprune.evaluation.accuracy import Predict, Predictions
 from rprune.threat import ThreatModel
 
 Progress = Callable[[int, int, int], None]
+BATCH = 250  # images whose noise shares batches
+
+
+STATUS = ("certified", "falsified", "unknown", "misclassified")
 
 
 @dataclass(frozen=True, eq=False)
-class Certified:
-    """Per sample: right, and proved to stay right."""
+class Bounded:
+    """What bounds and attacks say of each sample; ``margin`` is the best lower bound of the smallest margin.
+
+    ``method``: what decided, an attack's name or a bound's; empty where nothing did. ``rounded``: certified for float32
+    sums in any order, too (always, where integers are bounded).
+    """
 
     clean: Predictions
-    proved: Bool[Tensor, " n"]
+    status: list[str]
+    method: list[str]
+    margin: Float[Tensor, " n"]
+    rounded: Bool[Tensor, " n"]
+
+    @property
+    def proved(self) -> Bool[Tensor, " n"]:
+        return torch.tensor([status == "certified" for status in self.status])
 
     @property
     def correct(self) -> int:
         return int(self.proved.sum())
 
+    def counts(self) -> dict[str, int]:
+        return {status: self.status.count(status) for status in STATUS}
 
-def certify_ibp(
+
+def certify_bounds(
     network: fx.GraphModule,
     data: Loader,
     threat: ThreatModel,
+    methods: Sequence[Method] = ("ibp",),
     *,
+    falsified: Bool[Tensor, " n"] | None = None,
     limit: int | None = None,
-    batch_size: int = 250,
-    on_progress: Progress = lambda done, proved, total: None,
-) -> Certified:
-    """Interval bounds for the true class of each of the first ``limit`` samples, on the CPU in float64."""
+    on_progress: Callable[[Mapping[str, int], int], None] = lambda counts, total: None,
+) -> Bounded:
+    """Each bound for what the ones before it left of the first ``limit`` samples, on the CPU in float64.
+
+    ``falsified``: samples whose label an attack has changed, by id; no bound is asked for them.
+    """
     total = min(limit or len(data), len(data))
-    labels, predicted, proved = [], [], []
-    done = count = 0
-    for batch in data.ordered(batch_size, limit):
+    labels, predicted = [], []
+    status: list[str] = []
+    method: list[str] = []
+    margins, rounded = [], []
+    exact = exactly(network)
+    for batch in data.ordered(BATCH, limit):
         x, y = batch.x.cpu(), batch.y.cpu()
         with torch.no_grad():
             classes = network(x).argmax(1)
-        found = certified(network, x, y, threat) & (classes == y)
         labels.append(y)
         predicted.append(classes)
-        proved.append(found)
-        done, count = done + len(y), count + int(found.sum())
-        on_progress(done, count, total)
-    return Certified(Predictions(torch.cat(labels), torch.cat(predicted)), torch.cat(proved))
+        right = classes == y
+        attacked = right & (torch.zeros_like(right) if falsified is None else falsified[batch.ids.cpu()])
+        before = Counter(status) + Counter(misclassified=int((~right).sum()), falsified=int(attacked.sum()))
+
+        def report(done: int, left: int, before: Counter[str] = before) -> None:
+            seen = before + Counter(certified=done, unknown=left)
+            on_progress({name: seen[name] for name in STATUS}, total)
+
+        by, best, firm = cascade(exact, x, y, threat, methods, right & ~attacked, report)
+        for place, found in enumerate(by):
+            ends = "certified" if found else "falsified" if attacked[place] else "unknown" if right[place] else ""
+            status.append(ends or "misclassified")
+            method.append(found or ("attack" if attacked[place] else ""))
+        margins.append(best)
+        rounded.append(firm)
+    clean = Predictions(torch.cat(labels), torch.cat(predicted))
+    return Bounded(clean, status, method, torch.cat(margins), torch.cat(rounded))
+
+
+def exactly(network: fx.GraphModule) -> fx.GraphModule:
+    """The network as bounds take it: float64, or integers as they are."""
+    integers = any(hasattr(module, "interval") for module in network.modules())
+    return network if integers else copy.deepcopy(network).double()
+
+
+def cascade(
+    network: fx.GraphModule,
+    x: Float[Tensor, "b c h w"],
+    y: Int64[Tensor, " b"],
+    threat: ThreatModel,
+    methods: Sequence[Method],
+    wanted: Bool[Tensor, " b"],
+    on_progress: Callable[[int, int], None] = lambda done, left: None,
+) -> tuple[list[str], Float[Tensor, " b"], Bool[Tensor, " b"]]:
+    """The bound that proves each ``wanted`` image of a batch, or ""; the best margin; whether float32 sums keep it.
+
+    Progress: images proved, and left.
+    """
+    integers = any(hasattr(module, "interval") for module in network.modules())
+    left, by = wanted.clone(), [""] * len(y)
+    best, firm = torch.full((len(y),), -torch.inf, dtype=torch.float64), torch.zeros_like(wanted)
+    for name in methods:
+        for places in torch.split(left.nonzero().flatten(), SECTIONS[name]):
+            lower = lower_margins(network, x[places], y[places], threat, name)
+            best[places] = torch.fmax(best[places], smallest(lower, y[places]))
+            sure = places[done := proved(lower, y[places])]
+            for place in sure.tolist():
+                by[place] = name
+            if integers:
+                firm[sure] = True
+            elif len(sure):
+                firm[sure] = proved(rounded_margins(network, x[sure], y[sure], threat, lower[done]), y[sure])
+            left[sure] = False
+            on_progress(int((wanted & ~left).sum()), int(left.sum()))
+    return by, best, firm
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +153,7 @@ class SmoothedSet:
 
     def correct_at(self, radius: float) -> int:
         """Samples whose smoothed class is the label with at least this certified l2 radius."""
-        pairs = zip(self.labels, self.verdicts, strict=True)
+        pairs = zip(self.labels, self.verdicts, strict=False)  # a batch that is being worked on has no labels yet
         return sum(v.prediction == label and v.radius >= radius for label, v in pairs)
 
 
@@ -86,17 +163,21 @@ def certify_smoothing(
     classes: int,
     smoothing: Smoothing,
     *,
+    target: float | None = None,
     seed: int = 0,
     limit: int | None = None,
     on_progress: Progress = lambda done, proved, total: None,
 ) -> SmoothedSet:
-    """CERTIFY for each of the first ``limit`` samples."""
+    """Verdicts for the first ``limit`` samples; progress counts those right at radius ``target``, or at any."""
     total = min(limit or len(data), len(data))
-    labels: list[int] = []
-    verdicts: list[Smoothed] = []
-    for batch in data.ordered(100, limit):
-        for x, y, sample in zip(batch.x, batch.y.tolist(), batch.ids.tolist(), strict=True):
-            labels.append(y)
-            verdicts.append(smoothing.certify(predict, x, classes, seed, sample))
-            on_progress(len(labels), sum(v.prediction == y for v, y in zip(verdicts, labels, strict=True)), total)
-    return SmoothedSet(labels, verdicts)
+    found = SmoothedSet([], [])
+    for batch in data.ordered(BATCH, limit):
+        found.verdicts.extend(
+            smoothing.certify(
+                predict, batch.x, batch.ids.tolist(), classes, seed, target,
+                on_done=lambda done: on_progress(len(found.labels) + done, found.correct_at(target or 0.0), total),
+            )
+        )  # fmt: skip
+        found.labels.extend(batch.y.tolist())
+        on_progress(len(found.labels), found.correct_at(target or 0.0), total)
+    return found

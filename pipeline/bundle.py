@@ -32,11 +32,12 @@ from rprune.models.prunable import prunable
 from rprune.pipeline.artifact import Artifact, Metadata
 from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
 from rprune.pipeline.bench import Bench
+from rprune.pipeline.certifying import Certificates
 from rprune.pipeline.claims import certified_claims, empirical_claims, proved_samples
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.forms import FILES, Deployed, write_models
 from rprune.pipeline.recipe import ExportStage
-from rprune.pipeline.stages import Certificates, compacted
+from rprune.pipeline.stages import compacted
 from rprune.pipeline.targets import CPU, of_export
 from rprune.quantization.guarantees import exactness, saturating_pairs
 from rprune.quantization.ptq import Quantization
@@ -272,7 +273,7 @@ def _settings(bench: Bench, target: Target, found: Assessment, name: str) -> dic
 
 def _certified(certificates: Certificates) -> dict[int, bool]:
     """Verdicts of the bounds by sample id."""
-    proved = certificates.get("ibp", {}).get("levels", [{}])[0].get("proved", [])
+    proved = certificates.get("bounds", {}).get("levels", [{}])[0].get("proved", [])
     return {i: bool(verdict) for i, verdict in enumerate(proved)}
 
 

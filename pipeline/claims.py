@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rprune.certification.smoothing import needed_l2
+from rprune.certification.confidence import needed_l2
 from rprune.evaluation.certificates import SmoothedSet
 from rprune.files import file_digest
 from rprune.pipeline.attack import Assessment
 from rprune.pipeline.bench import Bench
-from rprune.pipeline.stages import Certificates
+from rprune.pipeline.certifying import CLAIMS, Certificates
 from rprune.reports.schema import AttackRow, Claim, Fidelity, Health, HealthCheck, Interval, Point, Role, Threat
 from rprune.threat import ThreatModel
 
@@ -83,17 +83,17 @@ def certified_claims(
 ) -> list[Claim]:
     """What the certificates of a certify stage say of a file, and how far the file is what they were computed on."""
     claims = []
-    if ibp := certificates.get("ibp"):
+    if bounds := certificates.get("bounds"):
         exact = all(f.bit_equal for f in fidelity if f.file == path.name and f.source == "8-bit simulation")
-        claims.append(_ibp_claim(ibp, path, role, exact))
+        claims.append(_bounds_claim(bounds, path, role, exact))
     if smoothing := certificates.get("smoothing"):
         claims.append(_smoothing_claim(smoothing, bench, path, role))
     return claims
 
 
-def _ibp_claim(ibp: dict[str, Any], path: Path, role: Role, exact: bool) -> Claim:
-    levels, n = ibp["levels"], ibp["n"]
-    threats = [ThreatModel.of(ibp["norm"], level["eps"]) for level in levels]
+def _bounds_claim(bounds: dict[str, Any], path: Path, role: Role, exact: bool) -> Claim:
+    levels, n = bounds["levels"], bounds["n"]
+    threats = [ThreatModel.of(bounds["norm"], level["eps"]) for level in levels]
     counts = [int(level["correct"]) for level in levels]
     if role == "onnx-int8" and not exact:
         method = "IBP, integers of the simulation"
@@ -108,8 +108,8 @@ def _ibp_claim(ibp: dict[str, Any], path: Path, role: Role, exact: bool) -> Clai
             "(kernels that saturate 16-bit sums, on CPUs without VNNI, are not covered)"
         )
     else:
-        method = "IBP, float64"
-        sound = "every input in the ball, in real arithmetic; float32 rounding of the runtime is not covered"
+        method = f"{', '.join(bounds['methods'])}, float64"
+        sound = CLAIMS["real"]
     return _claim(
         "certified-lower-bound",
         "certified_accuracy",
@@ -119,7 +119,12 @@ def _ibp_claim(ibp: dict[str, Any], path: Path, role: Role, exact: bool) -> Clai
         n,
         threat=Threat.of(threats[0]),
         method=method,
-        settings={"computed_on": _basis(role), "verify": "checks counts and that no certified sample is broken"},
+        settings={
+            "computed_on": _basis(role),
+            "verify": "checks counts and that no certified sample is broken",
+            "status": bounds["counts"],
+            "float32_in_any_order": bounds["fp_any_order"],
+        },
         sound_for=sound,
         curve=[Point(at=t.eps, correct=c, value=c / n) for t, c in zip(threats, counts, strict=True)],
     )
@@ -130,27 +135,28 @@ def _basis(role: Role) -> str:
 
 
 def _smoothing_claim(smoothing: dict[str, Any], bench: Bench, path: Path, role: Role) -> Claim:
-    rows, sigma = smoothing["samples"], smoothing["sigma"]
+    rows, sigma, target = smoothing["samples"], smoothing["sigma"], smoothing["radius"]
     n, at = len(rows), SmoothedSet.from_rows(rows).correct_at
-    settings = {key: smoothing[key] for key in ("sigma", "n0", "n", "alpha")}
+    settings = {key: smoothing[key] for key in ("sigma", "test", "noise", "n0", "n", "alpha", "slack")}
     settings |= {"computed_on": _basis(role), "verify": "recomputes radii from the counts, does not draw again"}
     settings |= {
         "abstained": sum(row["prediction"] < 0 for row in rows),
+        "draws_a_sample": smoothing["n0"] + sum(row["n"] for row in rows) / n,
         "l2_radius_that_covers_the_threat": needed_l2(
             bench.threat.norm, bench.threat.eps, int(np.prod(bench.data.shape))
         ),
         "samples": rows,
     }
-    radii = [round(sigma * quarter / 4, 6) for quarter in range(13)]
+    radii = sorted({target, *(round(sigma * quarter / 4, 6) for quarter in range(13))})
     return _claim(
         "certified-probabilistic",
         "smoothed_certified_accuracy",
         role,
         file_digest(path),
-        at(sigma),
+        at(target),
         n,
-        threat=Threat.of(ThreatModel.of("l2", repr(sigma))),
-        method="smoothing (CERTIFY)",
+        threat=Threat.of(ThreatModel.of("l2", repr(target))),
+        method="smoothing (CERTIFY)" if smoothing["test"] == "fixed" else "smoothing (sequential test)",
         settings=settings,
         sound_for=f"the smoothed classifier g of this file, each sample with probability {1 - smoothing['alpha']:g}; "
         "a device that runs the file alone does not run g",
@@ -160,10 +166,10 @@ def _smoothing_claim(smoothing: dict[str, Any], bench: Bench, path: Path, role: 
 
 def proved_samples(bench: Bench, certificates: Certificates | None) -> torch.Tensor | None:
     """By sample id, which ones the certificates prove robust under the threat; None where they do not cover it."""
-    ibp = (certificates or {}).get("ibp")
-    if ibp is None:
+    bounds = (certificates or {}).get("bounds")
+    if bounds is None:
         return None
-    threat = ThreatModel.of(ibp["norm"], ibp["levels"][0]["eps"])
+    threat = ThreatModel.of(bounds["norm"], bounds["eps"])
     if threat.norm != bench.threat.norm or threat.eps < bench.threat.eps:
         return None
-    return torch.tensor(ibp["levels"][0]["proved"], dtype=torch.bool)
+    return torch.tensor(bounds["levels"][0]["proved"], dtype=torch.bool)

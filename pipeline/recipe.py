@@ -164,16 +164,30 @@ class QuantizeStage(Trained):
         return self
 
 
+Certification: TypeAlias = Literal["auto", "ibp", "crown-ibp", "crown", "alpha-crown", "smoothing"]
+
+
 class CertifyStage(Section):
-    """Bounds and smoothing. Smoothing's defaults are Cohen et al.'s with HYDRA's n."""
+    """Bounds and smoothing, whose defaults are Cohen et al.'s.
+
+    Bounds are tried in their order on what the ones before left; "auto" stands for all that the form has, from the
+    cheapest on: integers have exact intervals alone. ``falsify``: an attack goes first, as what it breaks needs none.
+
+    ``test`` "sequential" draws up to ``n`` (None: 100,000) until l2 ``radius`` is proved or out of reach; "fixed" draws
+    ``n`` (None: 10,000, as HYDRA). ``radius`` None: what covers the threat, or sigma where n draws do not reach that.
+    """
 
     kind: Literal["certify"] = "certify"
-    methods: tuple[Literal["ibp", "smoothing"], ...] = ("ibp", "smoothing")
+    methods: tuple[Certification, ...] = ("auto", "smoothing")
+    falsify: bool = True
     eps: str | float | None = None  # None: the threat's
     limit: Positive | None = None
     sigma: Annotated[float, Field(gt=0)] = 0.25
+    test: Literal["sequential", "fixed"] = "sequential"
+    noise: Literal["gauss", "grid"] = "gauss"
+    radius: Annotated[float, Field(gt=0)] | None = None
     n0: Positive = 100
-    n: Positive = 10_000
+    n: Positive | None = None
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
     smoothing_limit: Positive = 100
 

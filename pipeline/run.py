@@ -15,6 +15,8 @@ from rprune.files import check_ours, digest_of, partial_folder, remove_result, s
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
 from rprune.pipeline.bundle import Source, export
+from rprune.pipeline.certificate import sealed
+from rprune.pipeline.certifying import Certificates, certify
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.recipe import (
     CertifyStage,
@@ -23,7 +25,7 @@ from rprune.pipeline.recipe import (
     Recipe,
     Stage,
 )
-from rprune.pipeline.stages import DENSE, Certificates, adopt, certify, check_stage, open_teacher, run_stage
+from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_stage
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
 
@@ -164,7 +166,7 @@ class Runner:
     def _work(self, stage: Stage, partial: Path, artifact: Artifact | None, certificates: Certificates | None) -> None:
         if isinstance(stage, CertifyStage):
             assert artifact is not None
-            write_json(partial / "certificates.json", certify(self.bench, artifact, stage))
+            write_json(partial / "certificates.json", sealed(certify(self.bench, artifact, stage), None, self.bench))
             return
         if isinstance(stage, ExportStage):
             assert artifact is not None

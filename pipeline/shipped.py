@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import fx
 
 from rprune.attacks.suites import with_transfer
 from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
+from rprune.export.lift import lifted
 from rprune.export.session import is_quantized
 from rprune.files import file_digest, read_json
 from rprune.pipeline.bench import Bench, Reporter
+from rprune.pipeline.certifying import certificates
 from rprune.pipeline.recipe import CertifyStage
 from rprune.pipeline.single import Request, open_data, open_model
-from rprune.pipeline.stages import smoothed
-from rprune.pipeline.targets import CPU, of_artifact, of_file, sources_of
+from rprune.pipeline.targets import ALIKE, CPU, PROBES, of_artifact, of_file, sources_of
 from rprune.reports.schema import Role
 
 SHIPPED = (".onnx", ".c")
@@ -146,17 +149,33 @@ def measure(
 
 
 def certify_file(opened: Opened, stage: CertifyStage) -> dict[str, Any]:
-    """Randomized smoothing of a file as it ships. Raises UsageError for bounds, which need rprune's own file."""
-    if stage.methods != ("smoothing",):
-        raise UsageError("an ONNX or C file can be certified by smoothing alone", "use --method smoothing")
-    started, bench = time.monotonic(), opened.bench
-    found = smoothed(bench, opened.target.artifact, stage)
-    return {
-        "file": {"name": opened.path.name, "sha256": opened.digest},
-        "form": opened.role,
-        "data": {"source": bench.data.source, "sha256": bench.data.test.digest},
-        "config": stage.model_dump(mode="json"),
-        "seed": bench.seed,
-        "smoothing": found,
-        "seconds": time.monotonic() - started,
-    }
+    """Certificates of a file as it ships: bounds of what its graph computes, smoothing of what answers.
+
+    Raises UsageError for bounds of C, whose graph is that of the ONNX file beside it.
+    """
+    network = None
+    if set(stage.methods) != {"smoothing"}:
+        if opened.path.suffix != ".onnx":
+            raise UsageError(
+                "a C source can be certified by smoothing alone", "--method smoothing; bounds: its ONNX file"
+            )
+        network = graph_of(opened)
+    return {"form": opened.role} | certificates(opened.bench, network, opened.target.artifact, stage)
+
+
+def graph_of(opened: Opened) -> fx.GraphModule:
+    """The network of an ONNX file, which gives the file's own answers: the same bits, where integers are summed.
+
+    Raises InputError when it cannot be read, or answers otherwise.
+    """
+    network = lifted(opened.path)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(PROBES, *opened.bench.data.shape, generator=generator)
+    with torch.no_grad():
+        wanted, found = opened.target.logits(x), network(x)
+    near = ALIKE * max(1.0, float(wanted.abs().max()))
+    if not bool(((wanted - found).abs() <= near).all()):
+        raise InputError(
+            f"{opened.path}: what was read of its graph does not answer as the file does", "use --method smoothing"
+        )
+    return network

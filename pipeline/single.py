@@ -144,6 +144,8 @@ def read_certificates(path: Path, artifact: Artifact, bench: Bench) -> dict[str,
     found = read_json(path, "certificates")
     if not isinstance(found, dict) or not {"artifact", "form", "data", "seed"} <= set(found):
         raise InputError(f"{path} holds no certificates", "run 'rprune certify' again")
+    if found.get("digest") != digest_of({key: value for key, value in found.items() if key != "digest"}):
+        raise InputError(f"{path} was changed after it was issued", "run 'rprune certify' again")
     if found["artifact"] != artifact.digest or found["form"] != ("onnx-int8" if artifact.quantization else "onnx"):
         raise InputError(f"{path} certifies another model", "run 'rprune certify' on this one")
     if found["data"]["sha256"] != bench.data.test.digest:

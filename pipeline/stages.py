@@ -14,11 +14,9 @@ from torch import fx, nn
 
 from rprune.attacks.base import Attack
 from rprune.attacks.noise import Stream
-from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Batch, Loader, loader
 from rprune.errors import InputError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
-from rprune.evaluation.certificates import certify_ibp, certify_smoothing
 from rprune.evaluation.robustness import robustness
 from rprune.evaluation.target import Target
 from rprune.export.compact import compact
@@ -30,9 +28,9 @@ from rprune.models.registry import Architecture, build
 from rprune.objectives.base import OBJECTIVES, Objective
 from rprune.objectives.distillation import Distilled
 from rprune.pipeline.artifact import Artifact, Metadata, load_artifact
-from rprune.pipeline.bench import Bench, check_fits, progress_of
+from rprune.pipeline.bench import Bench, check_fits
 from rprune.pipeline.environment import environment
-from rprune.pipeline.forms import Deployed, check_formats
+from rprune.pipeline.forms import check_formats
 from rprune.pipeline.recipe import (
     CertifyStage,
     ExportStage,
@@ -51,7 +49,6 @@ from rprune.pruning.budget import Budget
 from rprune.pruning.masks import Masks, count
 from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
-from rprune.threat import ThreatModel
 from rprune.training.loop import FitResult, Settings, check_optimizer, fit
 from rprune.training.schedules import schedule
 
@@ -258,49 +255,6 @@ def compacted(bench: Bench, source: Artifact) -> Artifact:
     return shrink(bench, source) if removable else source
 
 
-Certificates = dict[str, Any]
-"""JSON-able outcome of a certify stage: ``artifact`` (tensors digest), ``ibp`` and ``smoothing`` by sample."""
-
-
-def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates:
-    """Bounds for the 8-bit network when there is one, else for the float network."""
-    started = time.monotonic()
-    threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
-    deployed = Deployed.of(source)
-    model, twin = deployed.model, deployed.twin
-    found: Certificates = {
-        "artifact": source.digest,
-        "form": "onnx" if twin is None else "onnx-int8",
-        "data": {"source": bench.data.source, "sha256": bench.data.test.digest},
-        "config": stage.model_dump(mode="json"),
-        "seed": bench.seed,
-    }
-    test = loader(bench.data.test, torch.device("cpu"))
-    if "ibp" in stage.methods:
-        network: Any = trace(model, bench.data.shape) if twin is None else twin
-        table = []
-        for factor in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16):
-            scaled = threat if factor == 1 else threat.scaled(factor)
-            progress = progress_of(bench, f"ibp eps {scaled.eps:.4g}")
-            result = certify_ibp(network, test, scaled, limit=stage.limit, on_progress=progress)
-            table.append({"eps": scaled.text, "correct": result.correct, "proved": result.proved.int().tolist()})
-        found["ibp"] = {"norm": threat.norm, "n": result.clean.n, "levels": table}
-    if "smoothing" in stage.methods:
-        found["smoothing"] = smoothed(bench, model if twin is None else twin, stage)
-    found["seconds"] = time.monotonic() - started
-    return found
-
-
-def smoothed(bench: Bench, net: nn.Module, stage: CertifyStage) -> dict[str, Any]:
-    """Randomized smoothing of a net on the CPU: its settings, and a row for each sample."""
-    settings: dict[str, Any] = {"sigma": stage.sigma, "n0": stage.n0, "n": stage.n, "alpha": stage.alpha}
-    verdicts = certify_smoothing(
-        classes_of(net), loader(bench.data.test, torch.device("cpu")), len(bench.data.classes), Smoothing(**settings),
-        seed=bench.seed, limit=stage.smoothing_limit, on_progress=progress_of(bench, "smoothing"),
-    )  # fmt: skip
-    return settings | {"samples": verdicts.rows()}
-
-
 def recorded_objective(source: Artifact, bench: Bench) -> dict[str, Any]:
     """What a model file says it was trained with. Raises InputError when that is code which the user did not name."""
     spec = source.metadata.objective
@@ -456,6 +410,7 @@ def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None
         check_formats(stage.formats)
         bench.suite(stage.suite)
     if arch is not None and (
-        isinstance(stage, QuantizeStage | ShrinkStage) or (isinstance(stage, CertifyStage) and "ibp" in stage.methods)
+        isinstance(stage, QuantizeStage | ShrinkStage)
+        or (isinstance(stage, CertifyStage) and set(stage.methods) > {"smoothing"})
     ):
         trace(build(arch), bench.data.shape)

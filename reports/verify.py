@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rprune.certification.confidence import radius
 from rprune.data.sources import load_data
 from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.statistics import clopper_pearson
@@ -260,22 +261,21 @@ def _attacks(claim: Claim, report: Report) -> tuple[bool, str]:
 
 
 def _radii(claim: Claim) -> bool:
-    """Every radius follows from its count by Clopper-Pearson and the Gaussian quantile."""
-    from scipy.stats import beta, norm
-
+    """Every radius follows from its count by the test that is named."""
     if claim.threat is None:
         return False
     settings, found = claim.settings, []
+    test = settings.get("test", "fixed")
     for row in settings["samples"]:
         count, n = row["count"], row["n"]
-        p = float(beta.ppf(settings["alpha"], count, n - count + 1)) if count else 0.0
-        radius = settings["sigma"] * float(norm.ppf(p)) if p > 0.5 else 0.0
-        if not (n == settings["n"] and _close(radius, row["radius"]) and (p <= 0.5) == (row["prediction"] == -1)):
+        proved = radius(count, n, settings["alpha"], settings["sigma"], test, settings.get("slack", 0.0))
+        drawn = n == settings["n"] or (test == "sequential" and 0 < n < settings["n"])
+        if not (drawn and _close(proved or 0.0, row["radius"]) and (proved is None) == (row["prediction"] == -1)):
             return False
-        found.append(radius if row["prediction"] == row["label"] else -1.0)
+        found.append(proved if proved is not None and row["prediction"] == row["label"] else -1.0)
     points = [(claim.threat.eps_float, claim.correct), *((p.at, p.correct) for p in claim.curve)]
     abstained = sum(row["prediction"] == -1 for row in settings["samples"])
-    right = all(sum(radius >= at for radius in found) == correct for at, correct in points)
+    right = all(sum(proved >= at for proved in found) == correct for at, correct in points)
     return right and len(found) == claim.n and abstained == settings["abstained"]
 
 

@@ -198,7 +198,16 @@ def test_c_of_floats_has_its_gradients_in_the_float_file(tmp_path, call, load_he
 def test_certificates_of_integers_are_the_same_in_every_form(folder, call, chain):
     found = {}
     for name in SHIPPED:
-        said = call("certify", f"out/{name}", "--n", 100, "-n", 3, cwd=folder)
+        said = call(
+            "certify",
+            f"out/{name}",
+            "--n",
+            100,
+            "-n",
+            3,
+            *((), ("-m", "auto,smoothing"))[name != "model.c"],
+            cwd=folder,
+        )
         assert said.code == 0, said.err
         written = folder / "out" / f"{name}.certificates.json"
         found[name] = json.loads(written.read_text())
@@ -212,7 +221,14 @@ def test_certificates_of_integers_are_the_same_in_every_form(folder, call, chain
         assert samples[name] == simulated["smoothing"]["samples"][:3], name
     assert len(samples["model.onnx"]) == 3
     assert [found[name]["form"] for name in SHIPPED] == ["onnx", "onnx-int8", "onnx-int8", "c"]
-    assert all("ibp" not in table for table in found.values())
+    bounds = {name: table.get("bounds") for name, table in found.items()}
+    assert bounds["model.c"] is None
+    assert bounds["model.onnx"]["claim"] == "real"
+    for name in ("model.int8.onnx", "model.compact.onnx"):
+        assert bounds[name]["claim"] == "int-exact"
+        assert bounds[name]["samples"] == simulated["bounds"]["samples"][:3]
+    for name in SHIPPED:
+        assert call("certify", "--check", f"{name}.certificates.json", "-q", cwd=folder / "out").code == 0
 
 
 def test_certificates_as_json_and_by_name(folder, call):
@@ -242,9 +258,9 @@ def test_certificates_of_a_file_are_not_taken_for_those_of_the_model(tmp_path):
     ("arguments", "code", "words"),
     [
         (("certify", "out/model.c", "--method", "ibp"), 2, "by smoothing alone"),
-        (("certify", "out/model.int8.onnx", "--method", "ibp"), 2, "by smoothing alone"),
-        (("certify", "out/model.compact.onnx", "--method", "ibp,smoothing"), 2, "by smoothing alone"),
-        (("certify", "out/model.onnx", "--method", "ipb"), 2, "'ibp' or 'smoothing'"),
+        (("certify", "out/model.c", "--method", "auto,smoothing"), 2, "by smoothing alone"),
+        (("certify", "out/model.int8.onnx", "--method", "crown"), 2, "does not bound integers"),
+        (("certify", "out/model.onnx", "--method", "ipb"), 2, "'alpha-crown' or 'smoothing'"),
         (("certify", "out/model.c", "--arch", "cnn-small"), 2, "--arch"),
         (("evaluate", "out/model.onnx", "--arch", "cnn-small"), 2, "--arch"),
         (("evaluate", "out/model.c", "--suite", "fgms"), 2, "fgms"),

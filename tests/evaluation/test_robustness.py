@@ -11,12 +11,13 @@ from rprune.attacks.fgsm import FGSM
 from rprune.attacks.pgd import PGD
 from rprune.attacks.square import Square
 from rprune.attacks.transfer import Transfer
+from rprune.certification.confidence import ABSTAIN
 from rprune.certification.ibp import certified
-from rprune.certification.smoothing import ABSTAIN, Smoothed, Smoothing
+from rprune.certification.smoothing import Smoothed, Smoothing
 from rprune.data.loaders import Resident
 from rprune.errors import UsageError
 from rprune.evaluation.accuracy import classes_of, predictions
-from rprune.evaluation.certificates import SmoothedSet, certify_ibp, certify_smoothing
+from rprune.evaluation.certificates import SmoothedSet, certify_bounds, certify_smoothing
 from rprune.evaluation.robustness import robustness
 from rprune.evaluation.target import Rows, Target, steady
 from rprune.models.graph import trace
@@ -283,7 +284,7 @@ def test_predictions_follow_the_labels(net: Net, data: Resident) -> None:
 def test_interval_certificates_count_right_samples_alone(net: Net, data: Resident) -> None:
     network = trace(net, SHAPE)
     threat = ThreatModel("linf", "0.01")
-    found = certify_ibp(network, data, threat, batch_size=17)
+    found = certify_bounds(network, data, threat)
     truth = classes_of(net)(data.images.float() / 255)
     proved = certified(network, data.images.float() / 255, truth, threat)
     assert 0 < int(proved[6:].sum()) < 54
@@ -291,7 +292,7 @@ def test_interval_certificates_count_right_samples_alone(net: Net, data: Residen
     assert not found.proved[:6].any()
     assert found.correct == int(found.proved.sum())
     assert found.clean.correct == 54
-    limited = certify_ibp(network, data, threat, limit=20)
+    limited = certify_bounds(network, data, threat, limit=20)
     assert torch.equal(limited.proved, found.proved[:20])
 
 
@@ -307,7 +308,7 @@ def test_interval_certificates_do_not_count_ties(data: Resident) -> None:
             return self.fc(x.flatten(1))
 
     tied = Resident(data.images, torch.zeros(60, dtype=torch.int64))
-    found = certify_ibp(trace(Tied(), SHAPE), tied, ThreatModel("linf", "0.01"))
+    found = certify_bounds(trace(Tied(), SHAPE), tied, ThreatModel("linf", "0.01"))
     assert found.clean.correct == 60
     assert found.correct == 0
 
@@ -315,7 +316,7 @@ def test_interval_certificates_do_not_count_ties(data: Resident) -> None:
 def test_certified_samples_are_robust(net: Net, data: Resident) -> None:
     network = trace(net, SHAPE)
     threat = ThreatModel("linf", "0.01")
-    proved = certify_ibp(network, data, threat).proved
+    proved = certify_bounds(network, data, threat).proved
     found = robustness(Target(net, net), data, threat, [PGD(steps=20, restarts=3)])
     assert bool((found.robust | ~proved).all())
 
@@ -333,10 +334,67 @@ def test_smoothed_set_counts_right_classes_with_a_large_enough_radius() -> None:
 
 def test_smoothing_a_split_is_replayed_sample_by_sample(net: Net, data: Resident) -> None:
     smoothing, predict = Smoothing(sigma=0.1, n0=20, n=200), classes_of(net)
-    found = certify_smoothing(predict, data, 3, smoothing, seed=5, limit=12)
+    seen: list[tuple[int, int, int]] = []
+    found = certify_smoothing(
+        predict, data, 3, smoothing, target=0.05, seed=5, limit=12, on_progress=lambda *counts: seen.append(counts)
+    )
     assert found.labels == data.labels[:12].tolist()
-    again = smoothing.certify(predict, data.images[7].float() / 255, 3, 5, 7)
-    assert found.verdicts[7] == again
+    again = smoothing.certify(predict, data.images[7:8].float() / 255, [7], 3, 5, 0.05)
+    assert found.verdicts[7] == again[0]
+    assert seen[-1] == (12, found.correct_at(0.05), 12)
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.a, self.b, self.c = nn.Linear(16, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x.flatten(1))))))
+
+
+def test_a_cascade_asks_each_bound_for_what_is_left(data: Resident) -> None:
+    from rprune.certification.bounds import METHODS, lower_margins
+    from rprune.certification.bounds import proved as holds
+
+    network, threat = trace(Deep(), SHAPE), ThreatModel("linf", "0.02")
+    x = data.images.float() / 255
+    with torch.no_grad():
+        labels = network(x).argmax(1)
+    labels[:6] = (labels[:6] + 1) % 3
+    split = Resident(data.images, labels)
+    broken = robustness(Target(network, network), split, threat, (PGD(steps=20, restarts=2),), grid=False)
+    falsified = ~broken.robust & (broken.clean.predicted == labels)
+    seen: list[dict[str, int]] = []
+    found = certify_bounds(
+        network,
+        split,
+        threat,
+        METHODS,
+        falsified=falsified,
+        on_progress=lambda counts, total: seen.append(dict(counts)),
+    )
+    exact = {
+        name: holds(lower_margins(trace(Deep(), SHAPE).double(), x, labels, threat, name), labels) for name in METHODS
+    }
+    assert bool(falsified.any())
+    for i, (status, method) in enumerate(zip(found.status, found.method, strict=True)):
+        if i < 6:
+            assert (status, method) == ("misclassified", "")
+        elif falsified[i]:
+            assert (status, method) == ("falsified", "attack")
+        else:
+            first = next((name for name in METHODS if exact[name][i]), "")
+            assert (status, method) == ("certified" if first else "unknown", first)
+            assert (float(found.margin[i]) > 0) == bool(first)
+    assert found.counts()["certified"] == found.correct == int(found.proved.sum())
+    assert len({method for method in found.method if method in METHODS}) > 1
+    assert bool((found.rounded <= found.proved).all())
+    assert seen[-1] == found.counts()
 
 
 # -- nets whose rows do not depend on their batch -------------------------------------------------------------------

@@ -10,12 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from rprune.errors import InputError, WorkError
-from rprune.files import file_digest
+from rprune.files import digest_of, file_digest
 from rprune.pipeline.bundle import Source, export
+from rprune.pipeline.certificate import sealed
+from rprune.pipeline.certifying import certify
 from rprune.pipeline.claims import proved_samples
 from rprune.pipeline.recipe import CertifyStage, ExportStage
 from rprune.pipeline.single import read_certificates
-from rprune.pipeline.stages import certify
 from rprune.reports.gate import policy_of
 from rprune.reports.schema import read_report
 
@@ -24,7 +25,8 @@ N = 60
 
 @pytest.fixture(scope="module")
 def certificates(bench, quantized):
-    return certify(bench, quantized, CertifyStage(eps="0.005", n=100, limit=N, smoothing_limit=5))
+    stage = CertifyStage(eps="0.005", n=100, limit=N, smoothing_limit=5)
+    return sealed(certify(bench, quantized, stage), None, bench)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,10 @@ def test_certificates_of_other_data_are_refused(bench, certificates, quantized, 
 
     other = certificates | {"data": {"source": "npz:other.npz", "sha256": "0" * 64}}
     (tmp_path / "c.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="changed after"):
+        read_certificates(tmp_path / "c.json", quantized, bench)
+    other["digest"] = digest_of({key: value for key, value in other.items() if key != "digest"})
+    (tmp_path / "c.json").write_text(json.dumps(other))
     with pytest.raises(InputError, match="other data"):
         read_certificates(tmp_path / "c.json", quantized, bench)
 
@@ -156,8 +162,9 @@ def test_certificates_of_other_weights_are_refused(bench, certificates, trained,
 def test_a_broken_sample_that_is_certified_is_a_bug(bench, quantized, certificates, tmp_path):
     from rprune.threat import ThreatModel
 
-    forged = {**certificates, "ibp": {**certificates["ibp"], "levels": [dict(certificates["ibp"]["levels"][0])]}}
-    forged["ibp"]["levels"][0] |= {"eps": "0.5", "proved": [1] * N}
+    bounds = certificates["bounds"]
+    forged = {**certificates, "bounds": {**bounds, "eps": "0.5", "levels": [dict(bounds["levels"][0])]}}
+    forged["bounds"]["levels"][0] |= {"eps": "0.5", "proved": [1] * N}
     bench_of_attack = type(bench)(bench.data, bench.section, ThreatModel.of("linf", "0.5"), 0, bench.device)
     with pytest.raises(WorkError, match="certified and broken"):
         export(

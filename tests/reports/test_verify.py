@@ -33,6 +33,7 @@ POLICY = {"gate": [{"metric": "sparsity", "value": 0.5}, {"metric": "robust_accu
 def original(tmp_path_factory):
     from rprune.pipeline.bench import Bench, architecture
     from rprune.pipeline.bundle import Source, export
+    from rprune.pipeline.certifying import certify
     from rprune.pipeline.quantizing import quantize
     from rprune.pipeline.recipe import (
         CertifyStage,
@@ -43,7 +44,7 @@ def original(tmp_path_factory):
         QuantizeStage,
         TrainStage,
     )
-    from rprune.pipeline.stages import certify, prune, train
+    from rprune.pipeline.stages import prune, train
     from rprune.threat import ThreatModel
 
     bench = Bench.open(DataSection(source="digits"), ThreatModel.of("linf", str(EPS)), 0, "cpu")

@@ -1,0 +1,221 @@
+"""The file that certificates are written to: bound to model, data and environment, sealed by its digest; its check.
+
+Checking takes the names of model and data from the file and trusts no more: bytes first, then arithmetic (every radius
+from its counts), then a few samples anew: bounds, noise, and an attack, which must not break what is certified.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rprune
+from rprune.certification.confidence import radius
+from rprune.certification.smoothing import Smoothed, Smoothing
+from rprune.data.loaders import Batch, loader
+from rprune.errors import InputError, IntegrityError
+from rprune.evaluation.accuracy import classes_of
+from rprune.evaluation.certificates import STATUS, cascade, exactly
+from rprune.evaluation.robustness import robustness
+from rprune.evaluation.target import Target
+from rprune.files import digest_of, file_digest, read_json
+from rprune.pipeline.bench import Bench, Reporter
+from rprune.pipeline.certifying import CLAIMS, FALSIFIER, Certificates, certified_network
+from rprune.pipeline.environment import environment, source_digest
+from rprune.pipeline.shipped import SHIPPED, graph_of, open_target
+from rprune.pipeline.single import Request, open_model
+from rprune.threat import ThreatModel
+
+SCHEMA = "rprune.certificate/1"
+HINT = "do not trust this certificate; issue a new one: rprune certify"
+CLOSE = 1e-6  # of margins that another CPU computes, relative
+DRIFT = 1 / 500  # of draws whose class float rounding may change elsewhere
+Outcome = tuple[str, str]
+
+
+def sealed(found: Certificates, model: Path | None, bench: Bench) -> dict[str, Any]:
+    """The content of a certificate file; ``model`` is the file that was certified."""
+    body = found | {
+        "schema": SCHEMA,
+        "tool": {"name": "rprune", "version": rprune.__version__, "source_sha256": source_digest()},
+        "threat": {"norm": bench.threat.norm, "eps": bench.threat.text, "domain": [0, 1]},
+        "environment": environment("cpu"),
+        "caveats": _caveats(found),
+    }
+    if model is not None:
+        body["file"] = {"name": model.name, "sha256": _identity(model)}
+    return body | {"digest": digest_of(body)}
+
+
+def _identity(model: Path) -> str:
+    """sha256 of a file, or of a stage folder's record, which lists those of its files."""
+    return file_digest(model / "stage.json" if model.is_dir() else model)
+
+
+def _caveats(found: Certificates) -> list[str]:
+    bounds, smoothing = found.get("bounds"), found.get("smoothing")
+    said = []
+    if bounds:
+        said.append(f"bounds hold for {CLAIMS[bounds['claim']]}")
+    if smoothing:
+        said.append(f"radii hold for {CLAIMS['statistical']}; a device has to run the smoothed classifier to have them")
+        if smoothing["noise"] == "gauss":
+            said.append(
+                "noise is drawn in floating point, which the theory of smoothing does not cover; --noise grid is exact"
+            )
+    return said
+
+
+def check(path: Path, request: Request, reporter: Reporter, samples: int) -> Iterator[Outcome]:
+    """What was checked, one after the other, with ``samples`` of each kind computed anew.
+
+    Raises:
+        IntegrityError: bytes are not the ones promised, or a claim does not hold.
+        InputError: the file is no certificate, or model or data cannot be read.
+    """
+    found = read_json(path, "certificate")
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise InputError(f"{path} is no certificate of schema {SCHEMA}", "give the file that 'rprune certify' wrote")
+    try:
+        yield from _checks(path, found, request, reporter, samples)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise IntegrityError(f"{path}: its content makes no sense ({type(error).__name__}: {error})", HINT) from None
+
+
+def _checks(path: Path, found: dict[str, Any], request: Request, reporter: Reporter, samples: int) -> Iterator[Outcome]:
+    body = {key: value for key, value in found.items() if key != "digest"}
+    _need(found["digest"] == digest_of(body), f"{path} was changed after it was issued: its digest differs")
+    yield "digest", "the content is the one that was sealed"
+    name = str(found["file"]["name"])
+    model = path.parent / name
+    _need(Path(name).name == name, "it names a file elsewhere")
+    if not model.exists():
+        raise InputError(f"there is no {model}", "put the model beside its certificate")
+    _need(
+        _identity(model) == found["file"]["sha256"], f"{model} is not the file that was certified: its sha256 differs"
+    )
+    yield "model", f"{name} has the bytes that were certified"
+    threat = ThreatModel.of(found["threat"]["norm"], found["threat"]["eps"])
+    request = replace(
+        request, data=request.data or found["data"]["source"], seed=found["seed"], norm=threat.norm, eps=threat.text
+    )
+    network, net, bench = _opened(model, request, reporter, "bounds" in found)
+    _need(
+        bench.data.test.digest == found["data"]["sha256"], f"the data of {bench.data.source} are not those certified on"
+    )
+    yield "data", f"the test split of {bench.data.source} has the images and labels that were certified"
+    chosen = random.Random(found["digest"])
+    if bounds := found.get("bounds"):
+        _bounds_add_up(bounds)
+        yield "bounds", f"verdicts of {bounds['n']} samples add up"
+        yield "bounds again", _bounds_again(bounds, network, bench, chosen, samples)
+    if smoothing := found.get("smoothing"):
+        _radii(smoothing)
+        yield "radii", f"{len(smoothing['samples'])} radii follow from their counts"
+        yield "noise again", _noise_again(smoothing, net, bench, chosen, samples)
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise IntegrityError(message, HINT)
+
+
+def _opened(model: Path, request: Request, reporter: Reporter, bounds: bool) -> tuple[Any, Any, Bench]:
+    """What bounds, where there are some, and noise are computed with."""
+    if model.suffix in SHIPPED:
+        opened = open_target(model, request, reporter)
+        return (graph_of(opened) if bounds else None), opened.target.artifact, opened.bench
+    bench, artifact = open_model(model, request, reporter)
+    network = certified_network(artifact, bench)
+    return network, network, bench
+
+
+def _batch(bench: Bench, ids: list[int]) -> Batch:
+    return loader(bench.data.test, torch.device("cpu")).take(torch.tensor(ids))
+
+
+def _bounds_add_up(bounds: dict[str, Any]) -> None:
+    rows, levels = bounds["samples"], bounds["levels"]
+    counted = {status: sum(row["status"] == status for row in rows) for status in STATUS}
+    _need(len(rows) == bounds["n"] and counted == bounds["counts"], "its counts are not those of its samples")
+    for row in rows:
+        sure = row["status"] == "certified"
+        _need(
+            not sure or (row["margin"] is not None and row["margin"] > 0), "a certified sample has no positive margin"
+        )
+        _need(not sure or row["method"] in bounds["methods"], "a certified sample names no bound")
+    _need(levels[0]["eps"] == bounds["eps"], "its first level is not the radius that was certified")
+    _need(levels[0]["proved"] == [int(row["status"] == "certified") for row in rows], "its levels are not its samples'")
+    for wider, level in zip([levels[0], *levels], levels, strict=False):
+        _need(
+            sum(level["proved"]) == level["correct"] and len(level["proved"]) == len(rows), "its levels do not add up"
+        )
+        _need(
+            all(a <= b for a, b in zip(wider["proved"], level["proved"], strict=True)), "less holds in a smaller ball"
+        )
+
+
+def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, chosen: random.Random, samples: int) -> str:
+    """Certified samples are proved again, by what proved them, and stand the attack; falsified ones fall to it."""
+    threat, rows = ThreatModel.of(bounds["norm"], bounds["eps"]), bounds["samples"]
+    exact = exactly(network)
+    proved = _some([i for i, row in enumerate(rows) if row["status"] == "certified"], chosen, samples)
+    for i in proved:
+        batch = _batch(bench, [i])
+        (by,), margin, _ = cascade(exact, batch.x, batch.y, threat, (rows[i]["method"],), torch.tensor([True]))
+        same = by and math.isclose(float(margin), rows[i]["margin"], rel_tol=CLOSE, abs_tol=CLOSE)
+        _need(
+            bool(same), f"sample {i} is certified by {rows[i]['method']} with margin {rows[i]['margin']}, not so here"
+        )
+    broken = _some([i for i, row in enumerate(rows) if row["status"] == "falsified"], chosen, samples)
+    if both := sorted(proved + broken):
+        test = loader(bench.data.test, torch.device("cpu"))
+        found = robustness(
+            Target(network, network), test, threat, (FALSIFIER,), seed=bench.seed, ids=torch.tensor(both), grid=False
+        )
+        for i, robust in zip(found.ids.tolist(), found.robust.tolist(), strict=True):
+            _need(i not in proved or robust, f"sample {i} is certified, and an attack breaks it")
+            _need(i in proved or not robust, f"sample {i} is said to be falsified; the attack named does not break it")
+    return f"{len(proved)} certified samples proved and attacked again, {len(broken)} falsified ones broken"
+
+
+def _radii(smoothing: dict[str, Any]) -> None:
+    for i, row in enumerate(smoothing["samples"]):
+        verdict = Smoothed(row["prediction"], row["count"], row["n"], row["radius"])
+        proved = radius(
+            verdict.count, verdict.n, smoothing["alpha"], smoothing["sigma"], smoothing["test"], smoothing["slack"]
+        )
+        drawn = verdict.n == smoothing["n"] or (smoothing["test"] == "sequential" and 0 < verdict.n < smoothing["n"])
+        same = math.isclose(proved or 0.0, verdict.radius, rel_tol=1e-9) and (proved is None) == (
+            verdict.prediction < 0
+        )
+        _need(drawn and same, f"the radius of sample {i} does not follow from its counts")
+
+
+def _noise_again(smoothing: dict[str, Any], net: Any, bench: Bench, chosen: random.Random, samples: int) -> str:
+    rows = smoothing["samples"]
+    names = ("sigma", "test", "noise", "n0", "n", "alpha")
+    again = Smoothing(**{name: smoothing[name] for name in names})
+    ids = _some(list(range(len(rows))), chosen, samples)
+    if not ids:
+        return "no samples drawn again"
+    batch = _batch(bench, ids)
+    labels = batch.y.tolist()
+    verdicts = again.certify(classes_of(net), batch.x, ids, len(bench.data.classes), bench.seed, smoothing["radius"])
+    for i, label, found in zip(ids, labels, verdicts, strict=True):
+        row = rows[i]
+        _need(row["label"] == label, f"sample {i} has label {label}, not {row['label']}")
+        near = abs(found.count * row["n"] - row["count"] * found.n) <= DRIFT * found.n * row["n"]
+        same = near and found.prediction == row["prediction"]
+        _need(same, f"sample {i} has {row['count']} of {row['n']} draws in its class, here {found.count} of {found.n}")
+    return f"{len(ids)} samples drawn again"
+
+
+def _some(ids: list[int], chosen: random.Random, count: int) -> list[int]:
+    return sorted(chosen.sample(ids, min(count, len(ids))))

@@ -1,0 +1,222 @@
+"""The certificate file and its check: what it says, and that no change of model, data or content passes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from rprune.files import digest_of
+
+MODEL = "model-lwm-0.5-finetuned-int8.pt"
+FILE = "model-lwm-0.5-finetuned-int8.certificates.json"
+
+
+@pytest.fixture
+def folder(chain, tmp_path):
+    for name in (MODEL, FILE):
+        shutil.copy(chain / name, tmp_path / name)
+    return tmp_path
+
+
+def refusal(said) -> str:
+    """The reason, behind what was in order before."""
+    assert said.code == 5, said.err
+    assert "HOLDS" not in said.out
+    error, hint = said.err.splitlines()
+    assert hint == "hint: do not trust this certificate; issue a new one: rprune certify"
+    return error
+
+
+def edit(folder, change, seal: bool = True) -> None:
+    found = json.loads((folder / FILE).read_text())
+    change(found)
+    if seal:
+        del found["digest"]
+        found["digest"] = digest_of(found)
+    (folder / FILE).write_text(json.dumps(found))
+
+
+def test_content(folder) -> None:
+    found = json.loads((folder / FILE).read_text())
+    assert found["schema"] == "rprune.certificate/1"
+    assert found["file"]["name"] == MODEL
+    assert found["threat"]["domain"] == [0, 1]
+    assert {"tool", "environment", "data", "config", "seed", "bounds", "smoothing", "caveats"} <= set(found)
+    assert found["bounds"]["claim"] == "int-exact"
+    assert found["bounds"]["methods"] == ["ibp"]
+    assert sum(found["bounds"]["counts"].values()) == found["bounds"]["n"] == len(found["bounds"]["samples"])
+    assert found["smoothing"]["test"] == "sequential"
+    assert any("8-bit graph" in line for line in found["caveats"])
+    assert found["digest"] == digest_of({key: value for key, value in found.items() if key != "digest"})
+
+
+def test_an_untouched_certificate_holds(folder, call) -> None:
+    said = call("certify", "--check", FILE, "--samples", 2, cwd=folder)
+    assert said.code == 0, said.err
+    assert "CERTIFICATE HOLDS" in said.out
+    table = call("certify", "--check", FILE, "--samples", 0, "--json", cwd=folder)
+    assert table.json["holds"] is True
+    names = [row["name"] for row in table.json["checks"]]
+    assert names == ["digest", "model", "data", "bounds", "bounds again", "radii", "noise again"]
+
+
+def more_certified(found):
+    row = next(row for row in found["bounds"]["samples"] if row["status"] != "certified")
+    before = row["status"]
+    row |= {"status": "certified", "method": "ibp", "margin": 0.5}
+    found["bounds"]["counts"][before] -= 1
+    found["bounds"]["counts"]["certified"] += 1
+    place = found["bounds"]["samples"].index(row)
+    for level in found["bounds"]["levels"]:
+        level["correct"] += 1 - level["proved"][place]
+        level["proved"][place] = 1
+
+
+TAMPERED = {
+    "a byte": (lambda found: found.update(seed=1), False, "its digest differs"),
+    "counts of bounds": (lambda f: f["bounds"]["counts"].update(certified=999), True, "not those of its samples"),
+    "levels": (lambda f: f["bounds"]["levels"][1].update(correct=0), True, "levels do not add up"),
+    "a radius": (lambda f: f["smoothing"]["samples"][0].update(radius=0.9), True, "does not follow from its counts"),
+    "draws": (lambda f: f["smoothing"]["samples"][0].update(n=10**7), True, "does not follow from its counts"),
+    "another model's digest": (lambda f: f["file"].update(sha256="0" * 64), True, "not the file that was certified"),
+    "other data": (lambda f: f["data"].update(sha256="0" * 64), True, "not those certified on"),
+    "a file elsewhere": (lambda f: f["file"].update(name="../" + MODEL), True, "names a file elsewhere"),
+    "no sense": (lambda f: f.pop("bounds") and f.update(bounds={"n": 3}), True, "makes no sense"),
+    "a sample that is not": (more_certified, True, "is certified by ibp"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_changed_certificate_is_refused(folder, call, case: str) -> None:
+    change, seal, words = TAMPERED[case]
+    edit(folder, change, seal)
+    assert words in refusal(call("certify", "--check", FILE, "--samples", 10_000, "-q", cwd=folder))
+
+
+def test_another_model_is_refused(folder, call) -> None:
+    content = bytearray((folder / MODEL).read_bytes())
+    content[-1] ^= 1
+    (folder / MODEL).write_bytes(content)
+    assert "not the file that was certified" in refusal(call("certify", "--check", FILE, "-q", cwd=folder))
+
+
+def test_other_data_are_refused(folder, call) -> None:
+    images = np.random.RandomState(0).randint(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    labels = np.arange(40) % 10
+    np.savez(folder / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    said = call("certify", "--check", FILE, "--data", "npz:d.npz", "-q", cwd=folder)
+    assert "not those certified on" in refusal(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("certify",), 2, "no model is named"),
+        (("certify", MODEL, "--check", FILE), 2, "takes the certificate alone"),
+        (("certify", "--check", "none.json"), 3, "none.json"),
+        (("certify", "--check", MODEL), 3, MODEL),
+        (("certify", MODEL, "--n", 5, "--fixed-n", 5, "-o", "x.json"), 2, "two tests"),
+        (("certify", MODEL, "--method", "crown", "-o", "x.json"), 2, "does not bound integers"),
+        (("certify", MODEL, "-m", "smoothing", "--radius", 9, "-o", "x.json"), 2, "reach l2"),
+        (("certify", MODEL, "--noise", "pink", "-o", "x.json"), 2, "noise"),
+    ],
+)
+def test_refusals(folder, call, arguments, code, words) -> None:
+    assert words in call(*arguments, "-q", cwd=folder).refused(code)
+    assert not (folder / "x.json").exists()
+
+
+def test_a_moved_model_is_missed(folder, call) -> None:
+    (folder / MODEL).rename(folder / "moved.pt")
+    said = call("certify", "--check", FILE, "-q", cwd=folder)
+    assert said.code == 3
+    assert f"there is no {MODEL}" in said.err
+
+
+def test_floats_have_the_whole_cascade(chain, call, tmp_path) -> None:
+    source = "model-lwm-0.5-finetuned.pt"
+    shutil.copy(chain / source, tmp_path / source)
+    said = call("certify", source, "--eps", "0.02", "-n", 20, "-m", "auto", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert "real arithmetic" in said.err
+    found = json.loads((tmp_path / "model-lwm-0.5-finetuned.certificates.json").read_text())["bounds"]
+    assert found["methods"] == ["ibp", "crown-ibp", "crown", "alpha-crown"]
+    assert {row["method"] for row in found["samples"]} & {"crown-ibp", "crown", "alpha-crown"}
+    assert found["fp_any_order"] == found["counts"]["certified"] > 0
+    assert call("certify", "--check", "model-lwm-0.5-finetuned.certificates.json", "-q", cwd=tmp_path).code == 0
+
+
+def test_a_stage_folder_is_bound_to_all_its_files(chain, call, tmp_path) -> None:
+    source = chain / "model-lwm-0.5-finetuned.pt"
+    assert call("quantize", source, "-o", "q", "-q", cwd=tmp_path).code == 0
+    assert call("certify", "q", "-m", "smoothing", "--radius", 0.1, "-n", 2, "-q", cwd=tmp_path).code == 0
+    assert call("certify", "--check", "q.certificates.json", "-q", cwd=tmp_path).code == 0
+    (tmp_path / "q" / "quantization.safetensors").write_bytes(b"x")
+    assert call("certify", "--check", "q.certificates.json", "-q", cwd=tmp_path).code == 5
+    with (tmp_path / "q" / "stage.json").open("a") as file:
+        file.write(" ")
+    assert "not the file that was certified" in refusal(call("certify", "--check", "q.certificates.json", cwd=tmp_path))
+
+
+def test_fixed_counts_and_the_grid(chain, call, tmp_path) -> None:
+    shutil.copy(chain / MODEL, tmp_path / MODEL)
+    options = ("-m", "smoothing", "--fixed-n", 200, "--n0", 20, "--noise", "grid", "--radius", 0.1, "-n", 4, "--json")
+    said = call("certify", MODEL, *options, cwd=tmp_path)
+    assert said.code == 0, said.err
+    found = said.json["smoothing"]
+    assert (found["test"], found["noise"], found["n"], found["n0"], found["radius"]) == ("fixed", "grid", 200, 20, 0.1)
+    assert {row["n"] for row in found["samples"]} == {200}
+    assert found["slack"] > 0
+    assert not any("floating point" in line for line in said.json["caveats"])
+    assert call("certify", "--check", FILE, "-q", cwd=tmp_path).code == 0
+
+
+def test_properties_for_other_verifiers(chain, call, tmp_path) -> None:
+    shutil.copy(chain / MODEL, tmp_path / MODEL)
+    options = (
+        "-m",
+        "ibp",
+        "--eps",
+        "0.02",
+        "-n",
+        3,
+        "--set",
+        "falsify=false",
+        "--vnnlib",
+        "specs",
+        "-o",
+        "c.json",
+        "-q",
+    )
+    assert call("certify", MODEL, *options, cwd=tmp_path).code == 0
+    names = sorted(path.name for path in (tmp_path / "specs").iterdir())
+    assert names == sorted(
+        ["instances.csv", "model.onnx", *(f"sample-{i}.{v}.vnnlib" for i in range(3) for v in (1, 2))]
+    )
+    assert (tmp_path / "specs" / "instances.csv").read_text().splitlines()[1] == "model.onnx,sample-1.1.vnnlib,300"
+    text = (tmp_path / "specs" / "sample-0.1.vnnlib").read_text()
+    assert text.startswith("; test sample 0 of digits, label ")
+    assert "linf 0.02" in text
+    assert json.loads((tmp_path / "c.json").read_text())["bounds"]["falsifier"] is None
+    l2 = call(
+        "certify",
+        MODEL,
+        "--norm",
+        "l2",
+        "--eps",
+        "0.1",
+        "--vnnlib",
+        "more",
+        "-n",
+        2,
+        "-q",
+        "-o",
+        "d.json",
+        cwd=tmp_path,
+    )
+    assert "hold boxes" in l2.refused(2)
+    assert not (tmp_path / "more").exists()
+    assert "specs exists" in call("certify", MODEL, *options[:-3], "-o", "e.json", cwd=tmp_path).refused(2)
