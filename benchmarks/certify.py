@@ -75,7 +75,8 @@ def bounds(name: str, work: Path, limit: int | None) -> dict[str, Any]:
 
     from rprune.attacks.noise import Keyed
     from rprune.attacks.pgd import PGD
-    from rprune.certification.bounds import METHODS, SECTIONS, lower_margins, proved, smallest
+    from rprune.certification.bounds import METHODS, SECTIONS, lower_margins, smallest
+    from rprune.certification.ibp import proved
     from rprune.data.loaders import loader
     from rprune.models.graph import trace
     from rprune.threat import ThreatModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, fx
 
 from rprune.certification import ibp
@@ -31,19 +31,13 @@ def lower_margins(
     region = ibp.box(x, threat)
     if method == "ibp":
         return ibp.margins(network, *region, y)
-    if any(hasattr(module, "interval") for module in network.modules()):
+    if ibp.of_integers(network):
         raise UsageError(f"{method} does not bound integers", "use ibp for the 8-bit form; it is exact there")
     bounds = Bounds(network, x.double(), ibp.outward(threat), tighten=method != "crown-ibp", pixels=region)
     with torch.no_grad():
         found = bounds.optimised_margins(y) if method == "alpha-crown" else bounds.linear_margins(y)
         found = torch.fmax(found, bounds.interval_margins(y))
     return found.scatter(1, y[:, None], torch.inf)
-
-
-def proved(lower: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
-    """Where every other class stays below. A bound that is not finite proves nothing."""
-    other = torch.ones_like(lower, dtype=torch.bool).scatter(1, y[:, None], False)
-    return ((lower > 0) & (torch.isfinite(lower) | ~other)).all(1)
 
 
 def smallest(lower: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -68,10 +68,19 @@ def margins(network: fx.GraphModule, lo: Tensor, hi: Tensor, y: Int64[Tensor, " 
 def certified(
     network: fx.GraphModule, x: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], threat: ThreatModel
 ) -> Bool[Tensor, " b"]:
-    """True where no point of the threat's ball changes the prediction y. A bound that is not finite proves nothing."""
-    lower = margins(network, *box(x, threat), y)
+    """True where no point of the threat's ball changes the prediction y."""
+    return proved(margins(network, *box(x, threat), y), y)
+
+
+def proved(lower: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    """Where every other class stays below, by lower bounds of the margins. One that is not finite proves nothing."""
     other = torch.ones_like(lower, dtype=torch.bool).scatter(1, y[:, None], False)
     return ((lower > 0) & (torch.isfinite(lower) | ~other)).all(1)
+
+
+def of_integers(network: nn.Module) -> bool:
+    """Whether a network is an 8-bit simulation, whose layers bring intervals of their own."""
+    return any(hasattr(module, "interval") for module in network.modules())
 
 
 def through(module: nn.Module, *inputs: Interval) -> Interval:

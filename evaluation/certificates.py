@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, fx
 
-from rprune.certification.bounds import SECTIONS, Method, lower_margins, proved, rounded_margins, smallest
+from rprune.certification.bounds import SECTIONS, Method, lower_margins, rounded_margins, smallest
+from rprune.certification.ibp import of_integers, proved
 from rprune.certification.smoothing import Smoothed, Smoothing
 from rprune.data.loaders import Loader
 from rprune.evaluation.accuracy import Predict, Predictions
@@ -98,8 +99,7 @@ def certify_bounds(
 
 def exactly(network: fx.GraphModule) -> fx.GraphModule:
     """The network as bounds take it: float64, or integers as they are."""
-    integers = any(hasattr(module, "interval") for module in network.modules())
-    return network if integers else copy.deepcopy(network).double()
+    return network if of_integers(network) else copy.deepcopy(network).double()
 
 
 def cascade(
@@ -115,7 +115,7 @@ def cascade(
 
     Progress: images proved, and left.
     """
-    integers = any(hasattr(module, "interval") for module in network.modules())
+    integers = of_integers(network)
     left, by = wanted.clone(), [""] * len(y)
     best, firm = torch.full((len(y),), -torch.inf, dtype=torch.float64), torch.zeros_like(wanted)
     for name in methods:

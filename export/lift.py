@@ -45,6 +45,7 @@ class _Value:
     relu: bool = False
     keeps: Scale | None = None  # a pending layer that leaves integers as they are
     matmul: bool = False
+    flat: bool = False  # a pending one is flattened before it is quantised
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ class _Lifter:
     def _real(self, value: _Value) -> fx.Node:
         """What the graph returns."""
         if value.pending is not None:
-            need(value.keeps is None and not value.relu, "its output is neither logits nor quantised")
+            plain = value.keeps is None and not value.relu and not value.flat
+            need(plain, "its output is neither logits nor quantised")
             module, inputs = value.pending(None, False)
             return self.call(module, *inputs)
         assert value.node is not None
@@ -272,7 +274,8 @@ def _quantize(lifter: _Lifter, node: Any) -> _Value:
             need(same, "pooled or flattened values are quantised anew")
             out = given.keeps
         module, inputs = given.pending(out, given.relu)
-        return _Value(lifter.call(module, *inputs), out)
+        made = lifter.call(module, *inputs)
+        return _Value(lifter.call(QKeep(nn.Flatten(), out), made) if given.flat else made, out)
     need(given.scale is None and given.node is not None, "it quantises integers")
     assert given.node is not None
     need(given.node.op == "placeholder", "a real layer lies in front of a quantiser")
@@ -368,6 +371,8 @@ def _flatten(lifter: _Lifter, node: Any) -> _Value:
     else:
         shape = lifter.array(node.input[1]).tolist()
         need(len(shape) == 2 and (shape[0] in (0, -1) or shape[1] == -1), "it reshapes to other than (batch, features)")
+    if given.pending is not None and given.keeps is None:
+        return replace(given, flat=True)
     return _kept(lifter, given, nn.Flatten())
 
 

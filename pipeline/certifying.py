@@ -13,6 +13,7 @@ from torch import fx, nn
 from rprune.attacks.pgd import PGD
 from rprune.certification.bounds import METHODS, Method
 from rprune.certification.confidence import needed_l2
+from rprune.certification.ibp import of_integers
 from rprune.certification.smoothing import DRAWS, Smoothing
 from rprune.data.loaders import Loader, loader
 from rprune.errors import UsageError
@@ -60,7 +61,7 @@ def certificates(bench: Bench, network: Any, net: nn.Module, stage: CertifyStage
     }
     if set(stage.methods) > {"smoothing"} or "smoothing" not in stage.methods:
         threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
-        integers = any(hasattr(module, "interval") for module in network.modules())
+        integers = of_integers(network)
         found["bounds"] = bounded(bench, network, threat, _bounds_of(stage, integers), stage, integers)
     if "smoothing" in stage.methods:
         found["smoothing"] = smoothed(bench, net, stage)

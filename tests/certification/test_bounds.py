@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rprune.attacks.noise import Keyed
 from rprune.attacks.pgd import PGD
 from rprune.certification import ibp
-from rprune.certification.bounds import METHODS, lower_margins, proved, rounded_margins, smallest
+from rprune.certification.bounds import METHODS, lower_margins, rounded_margins, smallest
+from rprune.certification.ibp import proved
 from rprune.certification.live import Bounds
 from rprune.certification.rounding import float_error, gamma
 from rprune.errors import UsageError

@@ -359,7 +359,7 @@ class Deep(nn.Module):
 
 def test_a_cascade_asks_each_bound_for_what_is_left(data: Resident) -> None:
     from rprune.certification.bounds import METHODS, lower_margins
-    from rprune.certification.bounds import proved as holds
+    from rprune.certification.ibp import proved as holds
 
     network, threat = trace(Deep(), SHAPE), ThreatModel("linf", "0.02")
     x = data.images.float() / 255

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from rprune.certification.ibp import margins
 from rprune.errors import InputError
 from rprune.export.compact_onnx import expanding
 from rprune.export.lift import lifted
@@ -178,3 +179,19 @@ def test_refusals_name_node_and_reason(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError, match=words):
         lifted(written(model, tmp_path))
     assert onnx.checker.check_model(model) is None
+
+
+def test_logits_and_bounds_of_another_implementation() -> None:
+    """A file with Flatten in front of a quantiser; logits of an integer simulation and of ONNX Runtime at two levels of
+    optimisation, and exact interval margins, all recorded elsewhere."""
+    folder = Path(__file__).parent.parent / "data"
+    recorded = np.load(folder / "certification-int8.npz")
+    x, y, eps = torch.from_numpy(recorded["X"]), torch.from_numpy(recorded["y"]), float(recorded["eps"])
+    network = lifted(folder / "certification-int8.onnx")
+    with torch.no_grad():
+        found = network(x).numpy()
+    for name in ("int_logits", "ort_all", "ort_none"):
+        assert np.abs(found - recorded[name]).max() < 5e-6, name
+    lower = margins(network, (x.double() - eps).clamp_min(0), (x.double() + eps).clamp_max(1), y)
+    others = lower[torch.ones_like(lower, dtype=torch.bool).scatter(1, y[:, None], False)].view(len(y), -1)
+    assert np.abs(others.numpy() - recorded["lb"]).max() < 3e-5
