@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ def canonical_json(value: Any) -> str:
 def digest_of(value: Any) -> str:
     """sha256 of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def seal_of(table: Mapping[str, Any]) -> str:
+    """The digest of a table that holds it as ``digest``: that of everything else."""
+    return digest_of({key: value for key, value in table.items() if key != "digest"})
 
 
 def file_digest(path: Path) -> str:

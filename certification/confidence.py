@@ -7,7 +7,7 @@ p > p0 against p0, passes 1/alpha at no time with probability 1 - alpha when p <
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -72,6 +72,16 @@ def radius(count: int, n: int, alpha: float, sigma: float, test: Test = "fixed",
 
     p = probability(count, n, alpha, test) - slack
     return None if p <= 0.5 else sigma * float(norm.ppf(p))
+
+
+def recounted(
+    row: Mapping[str, Any], *, n: int, alpha: float, sigma: float, test: Test, slack: float
+) -> tuple[float | None, bool]:
+    """The radius that a sample's row of counts proves, and whether the row says just that; ``n``: draws, at most."""
+    proved = radius(row["count"], row["n"], alpha, sigma, test, slack)
+    drawn = row["n"] == n or (test == "sequential" and 0 < row["n"] < n)
+    same = math.isclose(proved or 0.0, row["radius"], rel_tol=1e-9)
+    return proved, drawn and same and (proved is None) == (row["prediction"] == ABSTAIN)
 
 
 def needed_probability(target: float, sigma: float) -> float:

@@ -21,7 +21,7 @@ from torch.nn.grad import conv2d_input
 
 from rprune.certification.ibp import Interval, through
 from rprune.errors import InputError
-from rprune.models.graph import NORMS, Add, Affine, batch_norm, layer, output_of, shape_of, trace
+from rprune.models.graph import NORMS, Add, Affine, batch_norm, layer, output_of, pair, shape_of, trace
 from rprune.threat import ThreatModel
 
 MEMORY = 1 << 28  # bytes of the rows that are substituted backward at once; a few times as much is needed
@@ -249,7 +249,7 @@ def _unpool(module: nn.MaxPool2d, rows: Tensor, lo: Tensor, hi: Tensor) -> tuple
     The input of the highest lower bound stands for the pooling in positive rows, and in all where no other input of its
     window can be larger; elsewhere negative rows meet the highest upper bound.
     """
-    pad = _two(module.padding)
+    pad = pair(module.padding)
 
     def windows(values: Tensor, filling: float) -> Tensor:
         """(b, c, window, positions)"""
@@ -271,10 +271,6 @@ def _unpool(module: nn.MaxPool2d, rows: Tensor, lo: Tensor, hi: Tensor) -> tuple
     back = back.scatter_add(3, places.expand(len(rows), -1, -1, -1), passed)
     offset = _dot(torch.where(loose, below, 0.0), high.amax(2))
     return back.view(*rows.shape[:3], *lo.shape[2:]), offset
-
-
-def _two(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _pull(module: nn.Module, rows: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from rprune.certification.ibp import through
-from rprune.models.graph import Add, Affine, GlobalAvgPool
+from rprune.models.graph import Add, Affine, GlobalAvgPool, pair
 
 UNIT = 2.0**-24
 SMALLEST = 2.0**-126  # below it float32 has fewer digits: what an operation may lose on top
@@ -55,8 +55,7 @@ def _error(module: nn.Module, inputs: tuple[tuple[Tensor, Tensor, Tensor], ...])
         scale, shift = module.scale.to(size).abs(), module.shift.to(size).abs()
         return scale * error + gamma(2) * (scale * size + shift) + SMALLEST
     if isinstance(module, nn.AvgPool2d | GlobalAvgPool):
-        window = size.shape[2:] if isinstance(module, GlobalAvgPool) else module.kernel_size
-        height, width = (window, window) if isinstance(window, int) else window
+        height, width = pair(size.shape[2:] if isinstance(module, GlobalAvgPool) else module.kernel_size)
         mean: Tensor = module(error) + gamma(height * width + 1) * module(size) + SMALLEST
         return mean
     assert isinstance(module, nn.Conv2d | nn.Linear)

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from rprune.models.graph import layer, output_of
+from rprune.models.graph import layer, output_of, pair
 
 OPSET = 18
 IR_VERSION = 10
@@ -89,7 +89,3 @@ def conv_attributes(kernel: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         "dilations": pair(options["dilation"]),
         "group": options["groups"],
     }
-
-
-def pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)

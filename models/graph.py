@@ -88,6 +88,12 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int], fold: bool = True
     return network
 
 
+def pair(value: Any) -> tuple[int, int]:
+    """Height and width of what a layer holds as one number or as two."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
+
+
 def layer(network: fx.GraphModule, node: fx.Node) -> nn.Module:
     """The module that a call_module node calls."""
     assert isinstance(node.target, str)

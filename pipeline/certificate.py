@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 import rprune
-from rprune.certification.confidence import radius
-from rprune.certification.smoothing import Smoothed, Smoothing
+from rprune.certification.confidence import recounted
+from rprune.certification.smoothing import Smoothing
 from rprune.data.loaders import Batch, loader
 from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.accuracy import classes_of
 from rprune.evaluation.certificates import STATUS, cascade, exactly
 from rprune.evaluation.robustness import robustness
 from rprune.evaluation.target import Target
-from rprune.files import digest_of, file_digest, read_json
+from rprune.files import file_digest, read_json, seal_of
 from rprune.pipeline.bench import Bench, Reporter
 from rprune.pipeline.certifying import CLAIMS, FALSIFIER, Certificates, certified_network
 from rprune.pipeline.environment import environment, source_digest
@@ -50,7 +50,7 @@ def sealed(found: Certificates, model: Path | None, bench: Bench) -> dict[str, A
     }
     if model is not None:
         body["file"] = {"name": model.name, "sha256": _identity(model)}
-    return body | {"digest": digest_of(body)}
+    return body | {"digest": seal_of(body)}
 
 
 def _identity(model: Path) -> str:
@@ -89,8 +89,7 @@ def check(path: Path, request: Request, reporter: Reporter, samples: int) -> Ite
 
 
 def _checks(path: Path, found: dict[str, Any], request: Request, reporter: Reporter, samples: int) -> Iterator[Outcome]:
-    body = {key: value for key, value in found.items() if key != "digest"}
-    _need(found["digest"] == digest_of(body), f"{path} was changed after it was issued: its digest differs")
+    _need(found["digest"] == seal_of(found), f"{path} was changed after it was issued: its digest differs")
     yield "digest", "the content is the one that was sealed"
     name = str(found["file"]["name"])
     model = path.parent / name
@@ -186,16 +185,10 @@ def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, chosen: ra
 
 
 def _radii(smoothing: dict[str, Any]) -> None:
+    settings = {name: smoothing[name] for name in ("n", "alpha", "sigma", "test", "slack")}
     for i, row in enumerate(smoothing["samples"]):
-        verdict = Smoothed(row["prediction"], row["count"], row["n"], row["radius"])
-        proved = radius(
-            verdict.count, verdict.n, smoothing["alpha"], smoothing["sigma"], smoothing["test"], smoothing["slack"]
-        )
-        drawn = verdict.n == smoothing["n"] or (smoothing["test"] == "sequential" and 0 < verdict.n < smoothing["n"])
-        same = math.isclose(proved or 0.0, verdict.radius, rel_tol=1e-9) and (proved is None) == (
-            verdict.prediction < 0
-        )
-        _need(drawn and same, f"the radius of sample {i} does not follow from its counts")
+        _, right = recounted(row, **settings)
+        _need(right, f"the radius of sample {i} does not follow from its counts")
 
 
 def _noise_again(smoothing: dict[str, Any], net: Any, bench: Bench, chosen: random.Random, samples: int) -> str:

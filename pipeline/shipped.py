@@ -22,7 +22,7 @@ from rprune.pipeline.bench import Bench, Reporter
 from rprune.pipeline.certifying import certificates
 from rprune.pipeline.recipe import CertifyStage
 from rprune.pipeline.single import Request, open_data, open_model
-from rprune.pipeline.targets import ALIKE, CPU, PROBES, of_artifact, of_file, sources_of
+from rprune.pipeline.targets import CPU, PROBES, alike, of_artifact, of_file, sources_of
 from rprune.reports.schema import Role
 
 SHIPPED = (".onnx", ".c")
@@ -173,8 +173,7 @@ def graph_of(opened: Opened) -> fx.GraphModule:
     x = torch.rand(PROBES, *opened.bench.data.shape, generator=generator)
     with torch.no_grad():
         wanted, found = opened.target.logits(x), network(x)
-    near = ALIKE * max(1.0, float(wanted.abs().max()))
-    if not bool(((wanted - found).abs() <= near).all()):
+    if not alike(found.numpy(), wanted.numpy()):
         raise InputError(
             f"{opened.path}: what was read of its graph does not answer as the file does", "use --method smoothing"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError, UsageError
-from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite, remove_result
+from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite, remove_result, seal_of
 from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
@@ -144,7 +144,7 @@ def read_certificates(path: Path, artifact: Artifact, bench: Bench) -> dict[str,
     found = read_json(path, "certificates")
     if not isinstance(found, dict) or not {"artifact", "form", "data", "seed"} <= set(found):
         raise InputError(f"{path} holds no certificates", "run 'rprune certify' again")
-    if found.get("digest") != digest_of({key: value for key, value in found.items() if key != "digest"}):
+    if found.get("digest") != seal_of(found):
         raise InputError(f"{path} was changed after it was issued", "run 'rprune certify' again")
     if found["artifact"] != artifact.digest or found["form"] != ("onnx-int8" if artifact.quantization else "onnx"):
         raise InputError(f"{path} certifies another model", "run 'rprune certify' on this one")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rprune.errors import InputError
@@ -82,9 +83,15 @@ def sources_of(path: Path) -> tuple[Path | None, str | None]:
             got = OnnxClassifier(beside).logits(x)
         except Exception:  # not there, or not of this model: ONNX Runtime's errors share no base
             continue
-        if got.shape == wanted.shape and np.abs(got - wanted).max() <= ALIKE * max(1.0, float(np.abs(wanted).max())):
+        if alike(got, wanted):
             return beside, None
     return None, f"no ONNX file of the same model lies beside {path.name}"
+
+
+def alike(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> bool:
+    """Whether logits are the same up to rounding; those that are no numbers are not."""
+    near = ALIKE * max(1.0, float(np.abs(wanted).max()))
+    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() <= near)
 
 
 def of_file(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rprune.certification.confidence import radius
+from rprune.certification.confidence import recounted
 from rprune.data.sources import load_data
 from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.statistics import clopper_pearson
@@ -264,19 +264,19 @@ def _radii(claim: Claim) -> bool:
     """Every radius follows from its count by the test that is named."""
     if claim.threat is None:
         return False
-    settings, found = claim.settings, []
-    test = settings.get("test", "fixed")
-    for row in settings["samples"]:
-        count, n = row["count"], row["n"]
-        proved = radius(count, n, settings["alpha"], settings["sigma"], test, settings.get("slack", 0.0))
-        drawn = n == settings["n"] or (test == "sequential" and 0 < n < settings["n"])
-        if not (drawn and _close(proved or 0.0, row["radius"]) and (proved is None) == (row["prediction"] == -1)):
+    said, found = claim.settings, []
+    settings = {name: said[name] for name in ("n", "alpha", "sigma")}
+    # reports of earlier versions have neither
+    settings |= {"test": said.get("test", "fixed"), "slack": said.get("slack", 0.0)}
+    for row in said["samples"]:
+        proved, right = recounted(row, **settings)
+        if not right:
             return False
         found.append(proved if proved is not None and row["prediction"] == row["label"] else -1.0)
     points = [(claim.threat.eps_float, claim.correct), *((p.at, p.correct) for p in claim.curve)]
-    abstained = sum(row["prediction"] == -1 for row in settings["samples"])
+    abstained = sum(row["prediction"] == -1 for row in said["samples"])
     right = all(sum(proved >= at for proved in found) == correct for at, correct in points)
-    return right and len(found) == claim.n and abstained == settings["abstained"]
+    return right and len(found) == claim.n and abstained == said["abstained"]
 
 
 def _lineage(report: Report) -> tuple[bool, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from rprune.errors import InputError
 from rprune.export.c.layout import place, settle_borders, share_phases
 from rprune.export.c.steps import Dequantize, Elementwise, Flatten, Plan, Pool, Product, Step, Sum, Value, reads
-from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, note_shapes, output_of, shape_of
+from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, note_shapes, output_of, pair, shape_of
 from rprune.quantization.simulate import LEVELS, QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, QOutput, Scale
 
 
@@ -122,7 +122,7 @@ class _Planner:
             return Flatten(given, out)
         if isinstance(module, nn.MaxPool2d):
             kernel, stride = _window(module, given[0])
-            return Pool(given, out, "max", kernel, stride, _pair(module.padding))
+            return Pool(given, out, "max", kernel, stride, pair(module.padding))
         raise InputError(f"{type(module).__name__} has no C form", "export it as ONNX")
 
 
@@ -175,7 +175,7 @@ def _window(module: Any, given: Value) -> tuple[tuple[int, int], tuple[int, int]
     if module is None or isinstance(module, GlobalAvgPool):
         whole = given.height, given.width
         return whole, whole
-    return _pair(module.kernel_size), _pair(module.stride)
+    return pair(module.kernel_size), pair(module.stride)
 
 
 def _conv_options(module: nn.Conv2d | nn.Linear) -> dict[str, Any]:
@@ -184,11 +184,7 @@ def _conv_options(module: nn.Conv2d | nn.Linear) -> dict[str, Any]:
 
 
 def _pairs(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if name == "groups" else _pair(value) for name, value in options.items()}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return {name: value if name == "groups" else pair(value) for name, value in options.items()}
 
 
 def _four(weight: NDArray[Any]) -> NDArray[Any]:
