@@ -61,7 +61,7 @@ def flattened(source: Artifact) -> Artifact:
 def _ptq(bench: Bench, source: Artifact, stage: QuantizeStage, _: Path | None) -> Artifact:
     started = time.monotonic()
     network = trace(source.model(), bench.data.shape)
-    found = ptq.quantize(network, _calibration(bench, stage), _settings(stage))
+    found = ptq.quantize(network, _calibration(bench, stage), _settings(stage, source))
     return _finished(bench, source, replace(source, quantization=found.tensors()), network, found, stage, started)
 
 
@@ -75,20 +75,20 @@ def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path 
     stage = stage.model_copy(update={"epochs": stage.epochs or EPOCHS, "lr": stage.lr or LR})
     base = flattened(source)
     network = trace(base.model(), bench.data.shape)
-    start = ptq.quantize(network, _calibration(bench, stage), _settings(stage))
+    start = ptq.quantize(network, _calibration(bench, stage), _settings(stage, source))
     calibrated = simulated(network, start)
     ptq.take_biases(network, start)
     model = fake_quantized(network, start).to(bench.device)
     masks = {name: mask.to(bench.device) for name, mask in base.masks.items()}
     scales = {f"{name}.weight": scale for name, scale in start.weight_scales.items()}
-    pruner = QuantizationAware(model, masks, scales, inputs(network, model), stage.bits, stage.portable)
+    pruner = QuantizationAware(model, masks, scales, inputs(network, model), stage.bits, stage.portable, sparse(source))
     assert stage.epochs is not None
     fit = _fit(bench, "quantize", model, pruner, objective, stage, stage.epochs, state_file)
     state = model.state_dict() | pruner.weights()
     state = {name: state[name].detach().cpu().clone() for name in base.state}
     network.load_state_dict(state)
     final = {name.removesuffix(".weight"): scale.cpu() for name, scale in pruner.scales().items()}
-    found = trained(network, model, final, stage.bits)
+    found = trained(network, model, final, stage.bits, sparse(source))
     if _score(bench, calibrated, objective) > _score(bench, simulated(network, found), objective):
         # training has not helped: what calibration gave is what stays
         network, state, found = trace(base.model(), bench.data.shape), base.state, start
@@ -120,7 +120,7 @@ def _codebook(bench: Bench, source: Artifact, stage: QuantizeStage, _: Path | No
     return _done(bench, source, made, stage, started, metrics)
 
 
-def _settings(stage: QuantizeStage) -> ptq.Settings:
+def _settings(stage: QuantizeStage, source: Artifact) -> ptq.Settings:
     """What the stage leaves open is as measured best (benchmarks/bits.py): below 8 bits outliers cost the rest."""
     narrow = stage.bits < KEEPS
     return ptq.Settings(
@@ -129,7 +129,14 @@ def _settings(stage: QuantizeStage) -> ptq.Settings:
         percentile=stage.percentile,
         portable=stage.portable,
         bias_correction=narrow if stage.bias_correction is None else stage.bias_correction,
+        keep=sparse(source),
     )
+
+
+def sparse(source: Artifact) -> bool:
+    """Whether zeros were promised, or are there."""
+    weights = prunable(source.model()).values()
+    return source.metadata.budget is not None or any(bool((weight == 0).any()) for weight in weights)
 
 
 def _calibration(bench: Bench, stage: QuantizeStage) -> list[Tensor]:

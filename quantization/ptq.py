@@ -32,7 +32,9 @@ class Settings:
 
     ``observer``: which range of the activations is covered (:func:`observers.scale_of`), and below 8 bits of the
     weights. ``portable``: no filter can saturate on a CPU without VNNI. ``bias_correction``: the mean error of the
-    products that integer weights cause on calibration data goes into the biases.
+    products that integer weights cause on calibration data goes into the biases. ``keep``: no weight becomes zero from
+    8 bits on, so that a sparse net has the zeros that were promised; in a dense one the +-1 in place of many small
+    weights add up (15 points of the samples that intervals verify: benchmarks/certified_pruning.py).
     """
 
     bits: int = 8
@@ -40,6 +42,7 @@ class Settings:
     percentile: float = 99.99
     portable: bool = False
     bias_correction: bool = False
+    keep: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,19 +109,25 @@ def quantize(
         weight = module.weight.detach()
         scale = full_scale(weight, bias_of(module), given, settings.bits, settings.observer)
         scales[str(node.target)] = portable_scale(weight, scale, settings.bits) if settings.portable else scale
-    found = with_scales(network, activations, scales, settings.bits)
+    found = with_scales(network, activations, scales, settings.bits, settings.keep)
     return corrected(network, found, batches) if settings.bias_correction else found
 
 
 def with_scales(
-    network: fx.GraphModule, activations: dict[str, Scale], weight_scales: Mapping[str, Tensor], bits: int
+    network: fx.GraphModule,
+    activations: dict[str, Scale],
+    weight_scales: Mapping[str, Tensor],
+    bits: int,
+    keep: bool = True,
 ) -> Quantization:
     """The integers of a traced network at given scales."""
     plan = Plan(network)
     weights, biases = {}, {}
     for node, module in plan.products():
         name, given = str(node.target), activations[plan.source(node).name].scale
-        weights[name], biases[name] = stored(module.weight.detach(), bias_of(module), weight_scales[name], given, bits)
+        weights[name], biases[name] = stored(
+            module.weight.detach(), bias_of(module), weight_scales[name], given, bits, keep
+        )
     return Quantization(activations, weights, biases, dict(weight_scales), bits)
 
 

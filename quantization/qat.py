@@ -59,13 +59,13 @@ class FakeQuantize(nn.Module):
 
 
 def fake_weight(
-    weight: Float[Tensor, "o ..."], scale: Float[Tensor, " o"], bits: int, portable: bool
+    weight: Float[Tensor, "o ..."], scale: Float[Tensor, " o"], bits: int, portable: bool, keep: bool = True
 ) -> Float[Tensor, "o ..."]:
     """``weight`` on the grid of its integers, differentiable in weight and scale."""
     used = scale_in_use(weight, scale, bits, portable)
     used = per_channel(damped(used, weight[0].numel(), top_weight(bits)), weight)
     inside = (weight.detach() / used.detach()).round().abs() <= top_weight(bits)
-    return on_grid(weight, used, integers(weight.detach(), used.detach(), bits), inside)
+    return on_grid(weight, used, integers(weight.detach(), used.detach(), bits, keep), inside)
 
 
 def fake_bias(bias: Float[Tensor, " o"], scale: Float[Tensor, " o"], given: Float[Tensor, ""]) -> Float[Tensor, " o"]:
@@ -153,7 +153,9 @@ def inputs(network: fx.GraphModule, fake: nn.Module) -> dict[str, FakeQuantize]:
     return found
 
 
-def trained(network: fx.GraphModule, fake: nn.Module, weight_scales: Mapping[str, Tensor], bits: int) -> Quantization:
+def trained(
+    network: fx.GraphModule, fake: nn.Module, weight_scales: Mapping[str, Tensor], bits: int, keep: bool = True
+) -> Quantization:
     """The integers of a traced network that holds the trained weights, at the scales that training ended with.
 
     ``weight_scales`` by layer name. A dead channel whose bias they do not hold gets a wider one.
@@ -169,7 +171,7 @@ def trained(network: fx.GraphModule, fake: nn.Module, weight_scales: Mapping[str
     for node, product in plan.products():
         least = least_scale(bias_of(product), activations[plan.source(node).name].scale)
         wide[str(node.target)] = half_up(torch.maximum(weight_scales[str(node.target)], least))
-    return with_scales(network, activations, wide, bits)
+    return with_scales(network, activations, wide, bits, keep)
 
 
 def fake_name(node: fx.Node) -> str:

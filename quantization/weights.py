@@ -73,14 +73,18 @@ def _least_error(rows: Float[Tensor, "o n"], scale: Float[Tensor, " o"], bits: i
     return scale * torch.tensor(SHRUNK, device=scale.device)[best]
 
 
-def integers(weight: Float[Tensor, "o ..."], scale: Float[Tensor, "o ..."], bits: int) -> Float[Tensor, "o ..."]:
+def integers(
+    weight: Float[Tensor, "o ..."], scale: Float[Tensor, "o ..."], bits: int, keep: bool = True
+) -> Float[Tensor, "o ..."]:
     """The nearest integers, within +-(2^(bits-1) - 1), as floats; ``scale`` broadcasts to ``weight``.
 
-    From 8 bits on a kept weight never becomes zero but +-1, so that the integers have exactly the zeros of the float
-    weights; below, the steps are too wide for that. Zero is zero in any width.
+    With ``keep``, from 8 bits on a weight never becomes zero but +-1, so that the integers have exactly the zeros of
+    the float weights; below, the steps are too wide for that. Zero is zero in any width.
     """
     steps = weight / scale
-    rounded = steps.round() if bits < KEEPS else torch.where(steps.abs() < 1, steps.sign(), steps.round())
+    rounded = steps.round()
+    if keep and bits >= KEEPS:
+        rounded = torch.where(steps.abs() < 1, steps.sign(), rounded)
     return rounded.clamp(-top_weight(bits), top_weight(bits))
 
 
@@ -105,11 +109,16 @@ def portable_scale(weight: Float[Tensor, "o ..."], scale: Float[Tensor, " o"], b
 
 
 def stored(
-    weight: Float[Tensor, "o ..."], bias: Float[Tensor, " o"], scale: Float[Tensor, " o"], given: float, bits: int
+    weight: Float[Tensor, "o ..."],
+    bias: Float[Tensor, " o"],
+    scale: Float[Tensor, " o"],
+    given: float,
+    bits: int,
+    keep: bool = True,
 ) -> tuple[Int[Tensor, "o ..."], Int32[Tensor, " o"]]:
     """Weights as int8 (int16 beyond 8 bits), and biases as int32 at the scale of the products."""
     dtype = torch.int8 if bits <= 8 else torch.int16
-    numbers = integers(weight, per_channel(scale, weight), bits).to(dtype)
+    numbers = integers(weight, per_channel(scale, weight), bits, keep).to(dtype)
     return numbers, (bias.double() / (scale.double() * given)).round().to(torch.int32)
 
 

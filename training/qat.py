@@ -30,10 +30,11 @@ class QuantizationAware(Substituted):
         inputs: Mapping[str, FakeQuantize],
         bits: int,
         portable: bool = False,
+        keep: bool = True,
     ) -> None:
         super().__init__(model)
         self._masks = masks
-        self.bits, self.portable = bits, portable
+        self.bits, self.portable, self.keep = bits, portable, keep
         self._weights = list(self._held)
         self._inputs = {f"{layer}{BIAS}": module for layer, module in inputs.items()}
         self._held |= {name: tensor for name, tensor in model.named_parameters() if name in self._inputs}
@@ -45,7 +46,7 @@ class QuantizationAware(Substituted):
     def effective(self) -> dict[str, Tensor]:
         """Weights and biases in use, as a differentiable function of what is learned."""
         found = {
-            name: fake_weight(self._masked(name), self.learned[SCALE + name], self.bits, self.portable)
+            name: fake_weight(self._masked(name), self.learned[SCALE + name], self.bits, self.portable, self.keep)
             for name in self._weights
         }
         for name, scale in self.scales().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from rprune.export.session import OnnxClassifier
 from rprune.models.prunable import prunable
 from rprune.pipeline import quantizing
 from rprune.pipeline.artifact import load_artifact, save_artifact
+from rprune.pipeline.bundle import Source, export
 from rprune.pipeline.forms import Deployed
 from rprune.pipeline.quantizing import flattened, quantize
-from rprune.pipeline.recipe import PruneStage, QuantizeStage, validated
+from rprune.pipeline.recipe import ExportStage, PruneStage, QuantizeStage, validated
 from rprune.pipeline.stages import prune
 from rprune.quantization.guarantees import saturating_pairs
 from rprune.quantization.ptq import Quantization
@@ -58,6 +60,21 @@ def test_ptq_counts_what_it_keeps(bench, sparse, bits):
     config = made.metadata.lineage[-1].config
     assert config["bits"] == bits
     assert "momentum" not in config, "nothing was trained"
+
+
+@pytest.mark.parametrize("mode", [{}, QAT], ids=["ptq", "qat"])
+def test_small_weights_of_a_dense_model_may_become_zero(bench, trained, tmp_path, mode) -> None:
+    """+-1 in the place of many small weights would add up."""
+    state = {name: tensor.clone() for name, tensor in trained.state.items()}
+    for name in prunable(trained.model()):
+        state[name].flatten(1)[:, 1:] *= 1e-3
+    made = quantize(bench, replace(trained, state=state), staged(**mode))
+    metrics = made.metadata.lineage[-1].metrics
+    assert metrics["lost"] > metrics["total"] // 2
+    report = export(
+        bench, made, ExportStage(suite="fgsm", limit=20, health=False), tmp_path / "out", Source("x", {})
+    )  # fmt: skip
+    assert report.sparsity.int8_zeros_equal_float_zeros is False
 
 
 def test_narrow_widths_clip_and_correct_unless_told_otherwise(bench, sparse):
