@@ -6,8 +6,9 @@
 HYDRA's CNN-small, IBP at linf 0.1: 80 epochs dense, then for each sparsity 20 of pruning and 40 of fine-tuning at full
 eps, and 8 bits. Verified accuracy is that of intervals: float64 for the float net, exact integers for the 8-bit file.
 
-"inside": HYDRA's section 5. The dense net is trained with PGD, without certification; HYDRA's scores, trained on IBP's
-loss with the weights frozen, find a sub-network of half the weights that intervals verify. Nothing is fine-tuned.
+Then HYDRA's section 5: nets trained without certification, plainly and with PGD. HYDRA's scores, trained on the
+stability loss with the weights frozen, find a sub-network of half the weights that randomized smoothing certifies
+(l2 0.25 at sigma 0.25, sequential test, alpha 0.001). Nothing is fine-tuned.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ SEEDS = (0, 1, 2)
 SPARSITIES = (0.9, 0.95, 0.99)
 METHODS = ("lwm", "hydra")
 EPS = "0.1"
-INSIDE = 0.5
+INSIDE = {"benign": "plain", "pgd-at": "PGD-AT"}  # objective, and the name of its net
+HALF, SIGMA, RADIUS = 0.5, 0.25, 0.25
 IBP: dict[str, Any] = {"objective": {"name": "ibp", "ramp": 0.0}, "optimizer": "adam", "select": "last"}
-EPOCHS = {"train": 80, "prune": 20, "finetune": 40, "inside": 40}
-LR = {"train": 0.002, "prune": 0.01, "finetune": 0.001}
+EPOCHS = {"train": 80, "prune": 20, "finetune": 40, "inside": 60}
+LR = {"train": 0.002, "prune": 0.01, "finetune": 0.02}
 
 
 def measure(seeds: tuple[int, ...], work: Path) -> dict[str, Any]:
@@ -45,56 +47,6 @@ def measure(seeds: tuple[int, ...], work: Path) -> dict[str, Any]:
         "environment": environment("cpu"),
         "rows": rows,
     }
-
-
-def one(seed: int, work: Path) -> list[dict[str, Any]]:
-    """All rows of one seed; those that ``work`` holds already are taken from there."""
-    from rprune.pipeline.artifact import load_artifact, save_artifact
-    from rprune.pipeline.bench import Bench, architecture
-    from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, PruneStage, TrainStage
-    from rprune.pipeline.stages import finetune, prune, train
-    from rprune.threat import ThreatModel
-
-    bench = Bench.open(DataSection(source="digits"), ThreatModel.of("linf", EPS), seed, "cpu")
-    arch = architecture(ModelSection(arch="cnn-small"), bench.data)
-
-    def made(name: str, make: Callable[[], Any]) -> Any:
-        path = work / f"{seed}-{name}.pt"
-        if not path.exists():
-            save_artifact(make(), path)
-        return load_artifact(path)
-
-    def row(net: str, sparsity: float, make: Callable[[], Any]) -> dict[str, Any]:
-        path = work / f"{seed}-{net}-{sparsity}.json"
-        if not path.exists():
-            started = time.monotonic()
-            found = {"seed": seed, "net": net, "sparsity": sparsity} | verified(bench, make())
-            path.write_text(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}))
-        found = json.loads(path.read_text())
-        print(found, flush=True)
-        return dict(found)
-
-    ramped = IBP | {"objective": {"name": "ibp", "ramp": 0.5}}
-    dense = made("dense", lambda: train(bench, arch, TrainStage(**ramped, epochs=EPOCHS["train"], lr=LR["train"])))
-    rows = [row("dense", 0.0, lambda: dense)]
-    for sparsity in SPARSITIES:
-        for method in METHODS:
-
-            def pruned(method: str = method, sparsity: float = sparsity) -> Any:
-                stage = PruneStage(**IBP, method=method, sparsity=sparsity, epochs=EPOCHS["prune"], lr=LR["prune"])
-                tuned = FinetuneStage(**IBP, epochs=EPOCHS["finetune"], lr=LR["finetune"])
-                return finetune(bench, prune(bench, dense, stage), tuned)
-
-            rows.append(row(method, sparsity, pruned))
-
-    def inside() -> Any:
-        plain = made("pgd", lambda: train(bench, arch, TrainStage(objective="pgd-at", epochs=60, lr=0.05)))
-        rows.append(row("PGD-AT, dense", 0.0, lambda: plain))
-        scores = PruneStage(**ramped, method="hydra", sparsity=INSIDE, epochs=EPOCHS["inside"], lr=LR["prune"])
-        return prune(bench, plain, scores)
-
-    rows.append(row("inside", INSIDE, inside))
-    return rows
 
 
 def verified(bench: Any, artifact: Any) -> dict[str, int]:
@@ -115,25 +67,110 @@ def verified(bench: Any, artifact: Any) -> dict[str, int]:
     return found
 
 
+def smoothed(bench: Any, artifact: Any) -> dict[str, int]:
+    """Samples right by the smoothed classifier, and those certified at the radius, of the float net."""
+    import torch
+
+    from rprune.certification.smoothing import Smoothing
+    from rprune.data.loaders import loader
+    from rprune.evaluation.accuracy import classes_of
+    from rprune.evaluation.certificates import certify_smoothing
+
+    data = loader(bench.data.test, torch.device("cpu"))
+    settings, predict = Smoothing(sigma=SIGMA), classes_of(artifact.model().eval())
+    found = certify_smoothing(predict, data, len(bench.data.classes), settings, target=RADIUS)
+    return {"smoothed": found.correct_at(0.0), "certified": found.correct_at(RADIUS), "n": len(found.labels)}
+
+
+Counts = Callable[[Any, Any], dict[str, int]]
+
+
+def one(seed: int, work: Path) -> list[dict[str, Any]]:
+    """All rows of one seed; those that ``work`` holds already are taken from there."""
+    from rprune.pipeline.artifact import load_artifact, save_artifact
+    from rprune.pipeline.bench import Bench, architecture
+    from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, PruneStage, TrainStage
+    from rprune.pipeline.stages import finetune, prune, train
+    from rprune.threat import ThreatModel
+
+    bench = Bench.open(DataSection(source="digits"), ThreatModel.of("linf", EPS), seed, "cpu")
+    arch = architecture(ModelSection(arch="cnn-small"), bench.data)
+
+    def made(name: str, make: Callable[[], Any]) -> Any:
+        path = work / f"{seed}-{name}.pt"
+        if not path.exists():
+            save_artifact(make(), path)
+        return load_artifact(path)
+
+    def row(net: str, sparsity: float, make: Callable[[], Any], count: Counts = verified) -> dict[str, Any]:
+        path = work / f"{seed}-{net}-{sparsity}.json"
+        if not path.exists():
+            started = time.monotonic()
+            found = {"seed": seed, "net": net, "sparsity": sparsity} | count(bench, make())
+            path.write_text(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}))
+        found = json.loads(path.read_text())
+        print(found, flush=True)
+        return dict(found)
+
+    ramped = IBP | {"objective": {"name": "ibp", "ramp": 0.5}}
+    dense = made("dense", lambda: train(bench, arch, TrainStage(**ramped, epochs=EPOCHS["train"], lr=LR["train"])))
+    rows = [row("dense", 0.0, lambda: dense)]
+    for sparsity in SPARSITIES:
+        for method in METHODS:
+
+            def pruned(method: str = method, sparsity: float = sparsity) -> Any:
+                stage = PruneStage(**IBP, method=method, sparsity=sparsity, epochs=EPOCHS["prune"], lr=LR["prune"])
+                tuned = FinetuneStage(**IBP, epochs=EPOCHS["finetune"], lr=LR["finetune"])
+                return finetune(bench, prune(bench, dense, stage), tuned)
+
+            rows.append(row(method, sparsity, pruned))
+
+    stability = PruneStage(
+        objective={"name": "stability", "sigma": SIGMA}, method="hydra", sparsity=HALF, epochs=EPOCHS["inside"],
+        select="last",
+    )  # type: ignore[arg-type]  # fmt: skip
+    for objective, name in INSIDE.items():
+        stage = TrainStage(objective=objective, epochs=60, lr=0.05)  # type: ignore[arg-type]
+        whole = made(objective, lambda stage=stage: train(bench, arch, stage))
+        rows.append(row(name, 0.0, lambda whole=whole: whole, smoothed))
+        rows.append(row(name, HALF, lambda whole=whole: prune(bench, whole, stability), smoothed))
+    return rows
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: percent, mean and range over seeds."""
-    lines = ["| net | sparsity | clean | verified | clean, int8 | verified, int8 |", "|---|---|---|---|---|---|"]
-    seen: list[tuple[str, float]] = []
-    for row in result["rows"]:
-        if (row["net"], row["sparsity"]) not in seen:
-            seen.append((row["net"], row["sparsity"]))
-    for net, sparsity in seen:
-        rows = [row for row in result["rows"] if (row["net"], row["sparsity"]) == (net, sparsity)]
+    return "\n\n".join(
+        "\n".join(
+            ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines(result["rows"], tuple(heads.values()))]
+        )
+        for heads in HEADS
+    )
+
+
+HEADS = (
+    {"net": "net", "sparsity": "sparsity", "clean": "float_clean", "verified": "float_verified",
+     "clean, int8": "int8_clean", "verified, int8": "int8_verified"},
+    {"net": "net", "sparsity": "sparsity", "right with noise": "smoothed", "certified": "certified"},
+)  # fmt: skip
+
+
+def lines(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
+    """A line for each net and sparsity that has these columns."""
+    grouped: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        if columns[-1] in row:
+            grouped.setdefault((row["net"], row["sparsity"]), []).append(row)
+    found = []
+    for (net, sparsity), of_seeds in grouped.items():
         cells = [TITLES.get(net, net), f"{sparsity:g}"]
-        for form in ("float", "int8"):
-            for what in ("clean", "verified"):
-                values = [100 * row[f"{form}_{what}"] / row["n"] for row in rows]
-                cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for column in columns[2:]:
+            values = [100 * row[column] / row["n"] for row in of_seeds]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
+        found.append("| " + " | ".join(cells) + " |")
+    return found
 
 
-TITLES = {"dense": "IBP, dense", "lwm": "LWM", "hydra": "HYDRA", "inside": "sub-network of it, by HYDRA's scores"}
+TITLES = {"dense": "IBP, dense", "lwm": "LWM", "hydra": "HYDRA"}
 
 
 def main() -> None:

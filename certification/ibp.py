@@ -18,7 +18,7 @@ from rprune.models.graph import Add, Affine, GlobalAvgPool, layer, output_of
 from rprune.threat import ThreatModel
 
 OUTWARD = 1e-6  # the box is this much wider than eps: the tolerance with which attacks are checked
-MONOTONE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, GlobalAvgPool)
+MONOTONE = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, GlobalAvgPool)
 LOGIT_ROUNDING = 2.0**-21  # relative; three float32 roundings for each of two logits
 
 Interval = tuple[Tensor, Tensor]

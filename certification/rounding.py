@@ -49,6 +49,8 @@ def _error(module: nn.Module, inputs: tuple[tuple[Tensor, Tensor, Tensor], ...])
     if isinstance(module, nn.ReLU | nn.Flatten | nn.MaxPool2d):
         same: Tensor = module(error)  # the largest error of a window bounds that of its maximum
         return same
+    if isinstance(module, nn.LeakyReLU):
+        return error + UNIT * module.negative_slope * size + SMALLEST
     if isinstance(module, Add):
         return error + inputs[1][2] + UNIT * (sizes[0] + sizes[1]) + SMALLEST
     if isinstance(module, Affine):

@@ -33,7 +33,7 @@ def certify(
         typer.Option(
             "-m",
             "--method",
-            help="Comma-separated: auto (all bounds the form has), ibp, crown-ibp, crown, alpha-crown; smoothing.",
+            help="Comma-separated: auto (what the form has, from the cheapest on), ibp, crown-ibp, deepz, crown, alpha-crown; smoothing.",
         ),
     ] = None,
     eps: o.Eps = None,

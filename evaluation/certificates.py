@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, fx
 
-from rprune.certification.bounds import SECTIONS, Method, lower_margins, rounded_margins, smallest
+from rprune.certification.bounds import Method, lower_margins, rounded_margins, smallest, together
 from rprune.certification.ibp import of_integers, proved
 from rprune.certification.smoothing import Smoothed, Smoothing
 from rprune.data.loaders import Loader
@@ -119,7 +119,7 @@ def cascade(
     left, by = wanted.clone(), [""] * len(y)
     best, firm = torch.full((len(y),), -torch.inf, dtype=torch.float64), torch.zeros_like(wanted)
     for name in methods:
-        for places in torch.split(left.nonzero().flatten(), SECTIONS[name]):
+        for places in torch.split(left.nonzero().flatten(), together(network, name)):
             lower = lower_margins(network, x[places], y[places], threat, name)
             best[places] = torch.fmax(best[places], smallest(lower, y[places]))
             sure = places[done := proved(lower, y[places])]

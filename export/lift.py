@@ -6,6 +6,7 @@ between them becomes a layer of the integer simulation, which gives the bits of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import fx, nn
 from rprune.errors import InputError
 from rprune.export.constants import Constants, need
 from rprune.export.session import load_onnx
-from rprune.models.graph import Add, Affine, GlobalAvgPool, note_shapes
+from rprune.models.graph import Add, Affine, GlobalAvgPool, clipped, note_shapes
 from rprune.quantization.simulate import LEVELS, QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, QOutput, Scale
 
 HINT = "bounds go through Conv, Gemm, MatMul, Relu, Add, batch norm, pooling, Flatten, and their 8-bit forms"
@@ -294,9 +295,11 @@ def _dequantize(lifter: _Lifter, node: Any) -> _Value:
 
 
 def _clip(lifter: _Lifter, node: Any) -> _Value:
-    """Fewer than 8 bits: integers are cut at their largest."""
+    """Of integers, fewer than 8 bits: they are cut at their largest."""
     given = lifter.value(node.input[0])
-    need(given.scale is not None and given.node is not None, "Clip has a layer on integers alone")
+    need(given.node is not None, "Clip in front of a quantiser")
+    if given.scale is None:
+        return _clip_real(lifter, given, node)
     low = len(node.input) > 1 and node.input[1]
     top = int(lifter.array(node.input[2]).reshape(-1)[0]) if len(node.input) > 2 and node.input[2] else LEVELS
     assert given.scale is not None
@@ -308,6 +311,26 @@ def _clip(lifter: _Lifter, node: Any) -> _Value:
     need(hasattr(module, "out") and not given.node.users, "Clip cuts what others read")
     module.out = scale  # type: ignore[assignment]
     return _Value(given.node, scale)
+
+
+def _clip_real(lifter: _Lifter, given: _Value, node: Any) -> _Value:
+    a, ends = _Attributes(node), []
+    for place, name in ((1, "min"), (2, "max")):
+        constant = lifter.floats(node.input[place]) if len(node.input) > place and node.input[place] else None
+        ends.append(float(a.get(name, math.nan) if constant is None else constant.reshape(-1)[0]))
+    low, high = ends
+    if low == 0 and not high < math.inf:  # no upper end
+        return lifter.layer(given, nn.ReLU())
+    need(-math.inf < low <= high < math.inf, f"it clips to [{low}, {high}]")
+    for step in clipped(low, high):
+        given = lifter.layer(given, step)
+    return given
+
+
+def _leaky(lifter: _Lifter, node: Any) -> _Value:
+    slope = float(_Attributes(node).get("alpha", 0.01))
+    need(0 <= slope <= 1, f"its slope {slope:g} is not in [0, 1]")
+    return lifter.layer(lifter.value(node.input[0]), nn.LeakyReLU(slope))
 
 
 def _relu(lifter: _Lifter, node: Any) -> _Value:
@@ -493,6 +516,7 @@ def _same(lifter: _Lifter, node: Any) -> _Value:
 RULES: dict[str, Callable[[_Lifter, Any], _Value]] = {
     "Add": _add, "AveragePool": _average_pool, "BatchNormalization": _batch_norm, "Clip": _clip, "Conv": _conv,
     "DequantizeLinear": _dequantize, "Div": _arithmetic, "Dropout": _same, "Flatten": _flatten, "Gemm": _linear,
-    "GlobalAveragePool": _average_pool, "Identity": _same, "MatMul": _linear, "MaxPool": _max_pool, "Mul": _arithmetic,
+    "GlobalAveragePool": _average_pool, "Identity": _same, "LeakyRelu": _leaky,
+    "MatMul": _linear, "MaxPool": _max_pool, "Mul": _arithmetic,
     "QuantizeLinear": _quantize, "ReduceMean": _average_pool, "Relu": _relu, "Reshape": _flatten, "Sub": _arithmetic,
 }  # fmt: skip

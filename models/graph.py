@@ -32,7 +32,7 @@ class Add(nn.Module):
 class Affine(nn.Module):
     """scale * x + shift by channel: input normalisation, and batch norm that no convolution precedes.
 
-    scale and shift have shape (1, c, 1, 1), or (1, c) after flattening.
+    scale and shift have shape (1, c, 1, 1), (1, c) after flattening, or () where all channels share them.
     """
 
     scale: Tensor
@@ -57,15 +57,18 @@ class GlobalAvgPool(nn.Module):
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, GlobalAvgPool, Add, Affine,
 )  # fmt: skip
+REAL = (nn.LeakyReLU,)  # known to bounds, and not to integers
+INPLACE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 DROPPED = (nn.Dropout, nn.Dropout2d, nn.Identity)
 
 
-def trace(model: nn.Module, input_shape: tuple[int, int, int], fold: bool = True) -> fx.GraphModule:
+def trace(model: nn.Module, input_shape: tuple[int, int, int], fold: bool = True, real: bool = False) -> fx.GraphModule:
     """The graph of a model in eval mode, on the CPU, without gradients; the model is not touched.
 
-    ``fold=False`` leaves batch norm as layers of their own. Raises InputError, naming the node and the operation, for
-    anything that is not in ``LAYERS`` after rewriting.
+    ``fold=False`` leaves batch norm as layers of their own; ``real`` takes leaky and clipped ReLUs, too, which have no
+    8-bit form here. Raises InputError, naming the node and the operation, for anything else that is not in ``LAYERS``
+    after rewriting.
     """
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     try:
@@ -79,12 +82,14 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int], fold: bool = True
     note_shapes(network, input_shape)
     for node in list(network.graph.nodes):
         _rewrite(network, node)
+    if real:
+        _rewrite_real(network)
     if fold:
         _fold_batch_norm(network)
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.recompile()
-    _check(network, LAYERS if fold else (*LAYERS, *NORMS))
+    _check(network, (*LAYERS, *(() if fold else NORMS), *(REAL if real else ())))
     return network
 
 
@@ -129,7 +134,7 @@ def _rewrite(network: fx.GraphModule, node: fx.Node) -> None:
         raise InputError(f"node {node.name}: in-place ReLU of a value that is used again", "write inplace=False")
     if node.op == "call_module":
         module = layer(network, node)
-        if isinstance(module, nn.ReLU):
+        if isinstance(module, INPLACE):
             module.inplace = False
         elif isinstance(module, DROPPED):
             _bypass(network, node)
@@ -149,10 +154,30 @@ def _rewrite(network: fx.GraphModule, node: fx.Node) -> None:
 def _changes_input(network: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = layer(network, node)
-        return isinstance(module, nn.ReLU) and module.inplace
+        return isinstance(module, INPLACE) and bool(module.inplace)
     return node.target in ("relu_", torch.relu_) or (
         node.target is F.relu and bool(_argument(node, 1, "inplace", False))
     )
+
+
+def _rewrite_real(network: fx.GraphModule) -> None:
+    for node in list(network.graph.nodes):
+        if node.op == "call_module" and isinstance(module := layer(network, node), nn.Hardtanh):  # ReLU6, too
+            _replace(network, node, clipped(module.min_val, module.max_val))
+        elif node.target is F.relu6:
+            _replace(network, node, clipped(0, 6))
+        elif node.target is F.leaky_relu:
+            _replace(network, node, nn.LeakyReLU(_argument(node, 1, "negative_slope", 0.01)))
+
+
+def clipped(low: float, high: float) -> nn.Sequential:
+    """Clipping to [low, high] as two ReLUs: high - relu(high - low - relu(x - low))."""
+
+    def affine(scale: float, shift: float) -> Affine:
+        return Affine(*(torch.tensor(number, dtype=torch.float64) for number in (scale, shift)))
+
+    first = [affine(1, -low)] if low else []
+    return nn.Sequential(*first, nn.ReLU(), affine(-1, high - low), nn.ReLU(), affine(-1, high))
 
 
 def _adaptive_pool(wanted: Any, shape: tuple[int, ...]) -> nn.Module | None:
@@ -246,8 +271,8 @@ def _replace(network: fx.GraphModule, node: fx.Node, module: nn.Module | None) -
         return _bypass(network, node)
     steps = list(module) if isinstance(module, nn.Sequential) else [module]
     inputs = tuple(_inputs(node)[: 2 if isinstance(module, Add) else 1])
-    for step in steps:
-        name = f"{type(step).__name__.lower()}_{node.name}"
+    for place, step in enumerate(steps):
+        name = f"{type(step).__name__.lower()}_{node.name}" + (f"_{place}" if place else "")
         network.add_submodule(name, step)
         with network.graph.inserting_before(node):
             new = network.graph.call_module(name, inputs)
@@ -309,6 +334,8 @@ def _check(network: fx.GraphModule, known: tuple[type[nn.Module], ...]) -> None:
 
 
 def _limit(module: nn.Module) -> str:
+    if isinstance(module, nn.LeakyReLU) and not 0 <= module.negative_slope <= 1:
+        return f"LeakyReLU with slope {module.negative_slope:g}, which is not in [0, 1]"
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"Conv2d with padding {module.padding_mode}/{module.padding}"
     if isinstance(module, nn.MaxPool2d) and (module.dilation != 1 or module.ceil_mode or module.return_indices):

@@ -30,8 +30,7 @@ class MixTrain(Objective):
 
     Differs from HYDRA's code: samples are drawn without replacement, eps moves at every step instead of every epoch,
     the box is [0, 1] instead of each image's own range, and symbolic bounds are intersected with intervals. Batch norm
-    is bounded by its running statistics. Max pooling has no linear bounds: InputError. Validation attacks with PGD;
-    take ``select = "last"``.
+    is bounded by its running statistics. Validation attacks with PGD; take ``select = "last"``.
 
     Memory and time grow with samples x (neurons of a layer) x (neurons of the layer below): for small nets.
     """

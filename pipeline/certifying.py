@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from rprune.attacks.pgd import PGD
-from rprune.certification.bounds import METHODS, Method
+from rprune.certification.bounds import CASCADE, METHODS, Method
 from rprune.certification.confidence import needed_l2
 from rprune.certification.ibp import of_integers
 from rprune.certification.smoothing import DRAWS, Smoothing
@@ -72,7 +72,7 @@ def certificates(bench: Bench, network: Any, net: nn.Module, stage: CertifyStage
 def certified_network(source: Artifact, bench: Bench) -> Any:
     """What certificates of an artifact speak of: its 8-bit simulation, or its float network with batch norm folded."""
     deployed = Deployed.of(source)
-    return trace(deployed.model, bench.data.shape) if deployed.twin is None else deployed.twin
+    return trace(deployed.model, bench.data.shape, real=True) if deployed.twin is None else deployed.twin
 
 
 def bounded(
@@ -124,12 +124,11 @@ def smoothed(bench: Bench, net: nn.Module, stage: CertifyStage) -> dict[str, Any
 
 
 def _bounds_of(stage: CertifyStage, integers: bool) -> tuple[Method, ...]:
-    every: tuple[Method, ...] = ("ibp",) if integers else METHODS
     if "auto" in stage.methods:
-        return every
+        return ("ibp",) if integers else CASCADE
     chosen = tuple(name for name in METHODS if name in stage.methods)
     for name in chosen:
-        if name not in every:
+        if integers and name != "ibp":
             raise UsageError(f"{name} does not bound integers", "use ibp for the 8-bit form; it is exact there")
     return chosen
 

@@ -164,7 +164,7 @@ class QuantizeStage(Trained):
         return self
 
 
-Certification: TypeAlias = Literal["auto", "ibp", "crown-ibp", "crown", "alpha-crown", "smoothing"]
+Certification: TypeAlias = Literal["auto", "ibp", "crown-ibp", "deepz", "crown", "alpha-crown", "smoothing"]
 
 
 class CertifyStage(Section):

@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rprune.attacks.noise import Keyed
@@ -80,8 +81,26 @@ POOLS = {
     "plain": nn.MaxPool2d(2), "overlapping": nn.MaxPool2d(3, 1), "padded": nn.MaxPool2d(3, 2, 1),
     "unequal": nn.MaxPool2d((1, 4), (2, 1)),
 }  # fmt: skip
+
+
+class Leaky(Residual):
+    """The same with leaks, and with one value that is clipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.clip = nn.LeakyReLU(0.2, inplace=True), nn.Hardtanh(-0.3, 0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.clip(self.bn2(self.conv2(x)) + x)
+        x = self.pool(F.leaky_relu(self.shortcut(x), 0.05))
+        x = self.drop(x).view(x.size(0), -1)
+        return self.fc2(F.relu6(self.bn3(self.fc1(x))))
+
+
 NETS = {
     "residual": Residual,
+    "leaky": Leaky,
     "strided": strided,
     "all convolutional": all_convolutional,
     "normalised": lambda: normalized(strided(), (0.4, 0.6), (0.3, 0.2)),
@@ -241,7 +260,7 @@ def matrices(net: nn.Module) -> list[tuple[Tensor, Tensor] | None]:
 def zonotope(layers: list[tuple[Tensor, Tensor] | None], lo: Tensor, hi: Tensor, y: int) -> Tensor:
     """Lower margins of one image by DeepZ: an affine form pushed forward, one generator more for each unstable ReLU.
 
-    The form is intersected with interval arithmetic before every ReLU.
+    The form is intersected with interval arithmetic before every ReLU, where it is unstable.
     """
     centre, generators = (lo + hi) / 2, torch.diag((hi - lo) / 2)
     for index, affine in enumerate(layers):
@@ -254,7 +273,9 @@ def zonotope(layers: list[tuple[Tensor, Tensor] | None], lo: Tensor, hi: Tensor,
             lo, hi = middle - radius, middle + radius
             continue
         width = generators.abs().sum(1)
-        lo, hi = torch.maximum(lo, centre - width), torch.minimum(hi, centre + width)
+        unstable = (lo < 0) & (hi > 0)
+        lo = torch.where(unstable, torch.maximum(lo, centre - width), lo)
+        hi = torch.where(unstable, torch.minimum(hi, centre + width), hi)
         new = torch.zeros(len(lo), len(lo), dtype=torch.float64)
         for i in range(len(lo)):
             slope = float(hi[i] > 0)
@@ -321,6 +342,42 @@ def test_linear_margins_are_those_of_matrices(kind: str, slow, name: str, eps: s
     for image, target, row in zip(x.flatten(1), y.tolist(), found, strict=True):
         lo, hi = (image - float(eps)).clamp_min(0), (image + float(eps)).clamp_max(1)
         torch.testing.assert_close(row.detach(), slow(layers, lo, hi, target), rtol=1e-9, atol=1e-9)
+
+
+@every_net
+@both_norms
+@pytest.mark.parametrize("relaxation", ["crown", "parallel"])
+def test_rows_on_windows_are_rows_on_the_whole_image(
+    monkeypatch: pytest.MonkeyPatch, name: str, threat: ThreatModel, relaxation: live.Relaxation
+) -> None:
+    net, (x, y) = make(name), batch()
+    found = []
+    for windows in (1, 5, 256):
+        monkeypatch.setattr(live, "WINDOWS", windows)
+        bounds = Bounds(net, x, threat, relaxation, tighten=True)
+        found.append([bounds.linear_margins(y), *(end for ends in bounds.intervals.values() for end in ends)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_windows_that_see_padding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 1, padding=1), nn.ReLU(), nn.Conv2d(3, 2, (1, 2), padding=(0, 2)), nn.ReLU(),
+        nn.Conv2d(2, 2, 1, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES),
+    ).double()  # fmt: skip
+    x, y = batch()
+    net(x)
+    found = Bounds(net, x, LINF, tighten=True).linear_margins(y)
+    monkeypatch.setattr(live, "WINDOWS", 1)
+    torch.testing.assert_close(found, Bounds(net, x, LINF, tighten=True).linear_margins(y), rtol=1e-9, atol=1e-9)
+
+
+def test_images_of_a_batch_do_not_change_each_others_bounds() -> None:
+    net, (x, y) = make("residual"), batch()
+    together = Bounds(net, x, LINF, tighten=True).linear_margins(y)
+    alone = [Bounds(net, x[i : i + 1], LINF, tighten=True).linear_margins(y[i : i + 1]) for i in range(len(x))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
 def test_l2_margins_of_one_hidden_layer_by_hand() -> None:
@@ -435,7 +492,7 @@ def test_the_graph_does_not_keep_a_net_alive() -> None:
 
 @both_norms
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("kind", ["interval", "crown", "tightened", "optimised"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bounds_hold_through_max_pooling(pool: str, kind: str, threat: ThreatModel) -> None:
     torch.manual_seed(0)
     layer = POOLS[pool]
@@ -450,15 +507,6 @@ def test_bounds_hold_through_max_pooling(pool: str, kind: str, threat: ThreatMod
     torch.testing.assert_close(none, margins(net(x), y), rtol=1e-9, atol=1e-9)
     if kind != "interval" and threat.norm == "linf":
         assert bool((found >= lower("interval", net, x, y, threat) - 0.05).all())
-
-
-def test_max_pooling_has_no_parallel_bounds() -> None:
-    net = pooled(nn.MaxPool2d(2), 8)
-    x, y = batch()
-    bounds = Bounds(net, x, LINF, "parallel")
-    assert torch.isfinite(bounds.interval_margins(y)).all()
-    with pytest.raises(InputError, match="max pooling"):
-        bounds.linear_margins(y)
 
 
 def test_batch_norm_without_statistics_is_refused() -> None:
