@@ -27,9 +27,7 @@ def attack(
         ),
     ] = None,
     limit: o.Limit = None,
-    shard: Annotated[
-        str | None, typer.Option("--shard", help="Only part i of n, as i/n; merge the parts later.")
-    ] = None,
+    shard: o.Shard = None,
     merge: Annotated[
         list[Path] | None, typer.Option("--merge", help="Folder of another part of this attack; repeatable.")
     ] = None,
@@ -63,7 +61,7 @@ def attack(
     from rprune.pipeline.shipped import open_target
 
     plan = Plan(
-        suite=suite, limit=limit, shard=_shard(shard), budget=_seconds(budget), batch_size=batch_size,
+        suite=suite, limit=limit, shard=o.shard(shard), budget=_seconds(budget), batch_size=batch_size,
         resume=resume, merge=tuple(merge or ()), health=health,
     )  # fmt: skip
     with ProgressLines(quiet or as_json) as reporter:
@@ -89,15 +87,6 @@ def _beside(model: Path, suite: str) -> Path:
     name = model.resolve().name if not model.name else model.name
     stem = name if model.is_dir() or model.suffix == ".c" else name.removesuffix(model.suffix)
     return model.with_name(f"{stem}-{re.sub(r'[^A-Za-z0-9.-]+', '-', suite)}.attack")
-
-
-def _shard(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", text.replace(" ", ""))
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"cannot read --shard {text}", "write i/n with i from 1 to n, for example 2/8")
-    return int(found[1]) - 1, int(found[2])
 
 
 def _seconds(text: str | None) -> float:

@@ -33,7 +33,8 @@ def certify(
         typer.Option(
             "-m",
             "--method",
-            help="Comma-separated: auto (what the form has, from the cheapest on), ibp, crown-ibp, deepz, crown, alpha-crown; smoothing.",
+            help="Comma-separated: auto (what the form has, from the cheapest on), ibp, crown-ibp, deepz, crown, "
+            "alpha-crown; smoothing.",
         ),
     ] = None,
     eps: o.Eps = None,
@@ -55,12 +56,17 @@ def certify(
         float | None, typer.Option("--alpha", help="Failure probability of a smoothing certificate.")
     ] = None,
     limit: o.Limit = None,
+    shard: o.Shard = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option("--merge", help="Certificate of another part of this one; repeatable.")
+    ] = None,
     data: o.Data = None,
     arch: o.Arch = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     settings: o.Set = None,
     download: o.Download = False,
+    resume: o.Resume = True,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -79,6 +85,7 @@ def certify(
     from rprune.pipeline.recipe import CertifyStage, validated
     from rprune.pipeline.shipped import SHIPPED, certify_file, open_target
     from rprune.pipeline.single import Request, certificates_beside, open_model
+    from rprune.pipeline.verdicts import Part
     from rprune.threat import ThreatModel
 
     if checked is not None:
@@ -102,20 +109,22 @@ def certify(
         noise=noise, alpha=alpha, limit=limit, smoothing_limit=limit, eps=eps,
     )  # fmt: skip
     stage = validated(CertifyStage, o.with_settings(table, settings), "options")
-    output = output or certificates_beside(model)
+    output = output or certificates_beside(model, o.shard(shard))
+    part = Part(o.shard(shard), output.with_suffix(".jsonl"), resume, tuple(merge or ()))
     with ProgressLines(quiet or as_json) as reporter:
         request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
         refuse_overwrite(output, force)
         if shipped:
             opened = open_target(model, request, reporter)
-            bench, found = opened.bench, certify_file(opened, stage)
+            bench, found = opened.bench, certify_file(opened, stage, part)
         else:
             bench, source = open_model(model, request, reporter)
             threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
             written = 0 if vnnlib is None else write_properties(bench, source, threat, stage.limit, vnnlib)
-            found = run_certify(bench, source, stage)
+            found = run_certify(bench, source, stage, part)
     found = sealed(found, model, bench)
     write_json(output, found)
+    part.done()
     if as_json:
         print_json(found)
         return

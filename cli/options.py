@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,10 +83,21 @@ Health = Annotated[
 Limit = Annotated[int | None, typer.Option("-n", "--limit", help="Only the first N test samples.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
+Shard = Annotated[str | None, typer.Option("--shard", help="Only part i of n, as i/n; merge the parts later.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run of the same command.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow the network, to fetch a data set.")]
+
+
+def shard(text: str | None) -> tuple[int, int]:
+    """i/n as (i, n), i from 0. Raises UsageError."""
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text.replace(" ", ""))
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"cannot read --shard {text}", "write i/n with i from 1 to n, for example 2/8")
+    return int(found[1]) - 1, int(found[2])
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rprune.certification.ibp import of_integers, proved
 from rprune.certification.smoothing import Smoothed, Smoothing
 from rprune.data.loaders import Loader
 from rprune.evaluation.accuracy import Predict, Predictions
+from rprune.evaluation.robustness import chosen
 from rprune.threat import ThreatModel
 
 Progress = Callable[[int, int, int], None]
@@ -58,33 +59,34 @@ def certify_bounds(
     threat: ThreatModel,
     methods: Sequence[Method] = ("ibp",),
     *,
-    falsified: Bool[Tensor, " n"] | None = None,
+    falsified: Collection[int] = (),
     limit: int | None = None,
-    on_progress: Callable[[Mapping[str, int], int], None] = lambda counts, total: None,
+    ids: Int64[Tensor, " n"] | None = None,
+    on_progress: Callable[[Mapping[str, int]], None] = lambda counts: None,
 ) -> Bounded:
-    """Each bound for what the ones before it left of the first ``limit`` samples, on the CPU in float64.
+    """Each bound for what the ones before it left of the first ``limit`` samples, or of ``ids``, on the CPU in float64.
 
-    ``falsified``: samples whose label an attack has changed, by id; no bound is asked for them.
+    ``falsified``: ids of samples whose label an attack has changed; no bound is asked for them.
     """
-    total = min(limit or len(data), len(data))
     labels, predicted = [], []
     status: list[str] = []
     method: list[str] = []
     margins, rounded = [], []
     exact = exactly(network)
-    for batch in data.ordered(BATCH, limit):
+    for part in torch.split(chosen(len(data), limit) if ids is None else ids, BATCH):
+        batch = data.take(part)
         x, y = batch.x.cpu(), batch.y.cpu()
         with torch.no_grad():
             classes = network(x).argmax(1)
         labels.append(y)
         predicted.append(classes)
         right = classes == y
-        attacked = right & (torch.zeros_like(right) if falsified is None else falsified[batch.ids.cpu()])
+        attacked = right & torch.tensor([i in falsified for i in part.tolist()])
         before = Counter(status) + Counter(misclassified=int((~right).sum()), falsified=int(attacked.sum()))
 
         def report(done: int, left: int, before: Counter[str] = before) -> None:
             seen = before + Counter(certified=done, unknown=left)
-            on_progress({name: seen[name] for name in STATUS}, total)
+            on_progress({name: seen[name] for name in STATUS})
 
         by, best, firm = cascade(exact, x, y, threat, methods, right & ~attacked, report)
         for place, found in enumerate(by):
@@ -148,8 +150,9 @@ class SmoothedSet:
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> SmoothedSet:
         tables = [dict(row) for row in rows]
-        labels = [int(table.pop("label")) for table in tables]
-        return cls(labels, [Smoothed(**table) for table in tables])
+        names = [entry.name for entry in fields(Smoothed)]
+        verdicts = [Smoothed(**{name: table[name] for name in names}) for table in tables]
+        return cls([int(table["label"]) for table in tables], verdicts)
 
     def correct_at(self, radius: float) -> int:
         """Samples whose smoothed class is the label with at least this certified l2 radius."""
@@ -166,12 +169,15 @@ def certify_smoothing(
     target: float | None = None,
     seed: int = 0,
     limit: int | None = None,
+    ids: Int64[Tensor, " n"] | None = None,
     on_progress: Progress = lambda done, proved, total: None,
 ) -> SmoothedSet:
-    """Verdicts for the first ``limit`` samples; progress counts those right at radius ``target``, or at any."""
-    total = min(limit or len(data), len(data))
+    """Verdicts for the first ``limit`` samples, or ``ids``; progress counts those right at ``target``, or at any."""
+    ids = chosen(len(data), limit) if ids is None else ids
+    total = len(ids)
     found = SmoothedSet([], [])
-    for batch in data.ordered(BATCH, limit):
+    for part in torch.split(ids, BATCH):
+        batch = data.take(part)
         found.verdicts.extend(
             smoothing.certify(
                 predict, batch.x, batch.ids.tolist(), classes, seed, target,

@@ -8,8 +8,6 @@ their order, on shards, or on where a run was interrupted.
 from __future__ import annotations
 
 import base64
-import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rprune.errors import InputError, UsageError
-from rprune.files import canonical_json, digest_of
+from rprune.evaluation.journal import Journal
+from rprune.files import canonical_json
 
-FORMAT = "rprune.ledger/1"
 Status = Literal["survived", "fooled", "miss", "invalid"]
 """Survived; fooled by the artifact's verdict; the search net's success that the artifact does not share; logits that
 are not finite at the point found. An attack without a row did not run on the sample."""
@@ -53,32 +50,15 @@ class Clean(NamedTuple):
 
 
 @dataclass(eq=False)
-class Ledger:
+class Ledger(Journal):
     """Rows by attack and sample id. Without ``path`` they stay in memory."""
 
-    key: Mapping[str, Any] | None = None
-    path: Path | None = None
+    FORMAT, WHAT, WORK, COMMAND = "rprune.ledger/1", "ledger", "attack", "rprune attack"
 
     def __post_init__(self) -> None:
         self.clean: dict[int, Clean] = {}
         self.rows: dict[str, dict[int, Row]] = {}
         self.witnesses: dict[int, tuple[str, Witness]] = {}  # sample -> the attack that broke it first, and its point
-
-    @classmethod
-    def open(cls, path: Path, key: Mapping[str, Any], *, resume: bool = True) -> Ledger:
-        """The ledger of a file, created where there is none; a line that was cut off is dropped.
-
-        Raises UsageError for a file with another key, InputError for one that is no ledger.
-        """
-        ledger = cls(key, path)
-        if path.exists() and resume:
-            whole = ledger._load(path)
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(canonical_json({"format": FORMAT, "key": dict(key)}) + "\n", encoding="utf-8")
-        return ledger
 
     def merge(self, path: Path) -> None:
         """Take over the rows of another file with the same key: a shard, or an earlier run.
@@ -93,11 +73,13 @@ class Ledger:
 
     def add_clean(self, rows: Mapping[int, Clean]) -> None:
         self.clean |= rows
-        self._append({"clean": [[i, *row] for i, row in rows.items()]}, rows)
+        if rows:
+            self._append({"clean": [[i, *row] for i, row in rows.items()]})
 
     def add(self, attack: str, rows: Mapping[int, Row]) -> None:
         self._take(attack, rows)
-        self._append({"attack": attack, "rows": [[i, *_plain(row)] for i, row in rows.items()]}, rows)
+        if rows:
+            self._append({"attack": attack, "rows": [[i, *_plain(row)] for i, row in rows.items()]})
 
     def tried(self, attack: str) -> Mapping[int, Row]:
         """Rows of an attack by sample id."""
@@ -105,7 +87,7 @@ class Ledger:
 
     def canonical(self) -> str:
         """The rows in the order of samples, one JSON line each: equal for equal results."""
-        lines = [canonical_json({"format": FORMAT, "key": None if self.key is None else dict(self.key)})]
+        lines = [canonical_json({"format": self.FORMAT, "key": None if self.key is None else dict(self.key)})]
         for i in sorted(self.clean):
             attacks = {name: _plain(rows[i]) for name, rows in self.rows.items() if i in rows}
             lines.append(canonical_json({"id": i, **self.clean[i]._asdict(), "attacks": attacks}))
@@ -117,42 +99,11 @@ class Ledger:
             if row.witness is not None:
                 self.witnesses.setdefault(i, (attack, row.witness))
 
-    def _append(self, line: dict[str, Any], rows: Mapping[int, Any]) -> None:
-        if self.path is None or not rows:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(canonical_json(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _load(self, path: Path) -> int:
-        """Read a file; returns how many of its bytes are whole lines."""
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"cannot read {path}: {error.strerror}", "name a ledger that 'rprune attack' wrote"
-            ) from None
-        whole = data.rfind(b"\n") + 1
-        try:
-            head, *lines = map(json.loads, data[:whole].decode().splitlines())
-            if head["format"] != FORMAT:
-                raise ValueError(f"format {head['format']}")
-            theirs = head["key"]
-            if self.key is not None and digest_of(theirs) != digest_of(dict(self.key)):
-                changed = [name for name in {**theirs, **self.key} if theirs.get(name) != self.key.get(name)]
-                raise UsageError(
-                    f"{path} holds another attack: {', '.join(sorted(changed))} differ",
-                    "choose another -o, or start anew with --no-resume",
-                )
-            for line in lines:
-                if "clean" in line:
-                    self.clean |= {i: Clean(label, guess) for i, label, guess in line["clean"]}
-                else:
-                    self._take(line["attack"], {i: _row(values) for i, *values in line["rows"]})
-        except (ValueError, KeyError, TypeError, zlib.error) as error:
-            raise InputError(f"{path} is not a ledger: {error}", "name one that 'rprune attack' wrote") from None
-        return whole
+    def _take_line(self, line: dict[str, Any]) -> None:
+        if "clean" in line:
+            self.clean |= {i: Clean(label, guess) for i, label, guess in line["clean"]}
+        else:
+            self._take(line["attack"], {i: _row(values) for i, *values in line["rows"]})
 
 
 def _plain(row: Row) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,11 +133,6 @@ def pick_device(name: str) -> torch.device:
 
 def architecture(section: ModelSection, data: DataSet) -> Architecture:
     return Architecture(section.arch, len(data.classes), data.shape, section.kwargs, section.mean, section.std)
-
-
-def progress_of(bench: Bench, what: str) -> Callable[[int, int, int], None]:
-    """A callback (done, good, total) that reports under a name."""
-    return lambda done, good, total: bench.reporter.progress(what, done, good, total)
 
 
 def check_fits(artifact: Artifact, data: DataSet) -> None:

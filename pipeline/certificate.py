@@ -30,9 +30,9 @@ from rprune.pipeline.certifying import CLAIMS, FALSIFIER, Certificates, certifie
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.shipped import SHIPPED, graph_of, open_target
 from rprune.pipeline.single import Request, open_model
+from rprune.pipeline.verdicts import SCHEMA
 from rprune.threat import ThreatModel
 
-SCHEMA = "rprune.certificate/1"
 HINT = "do not trust this certificate; issue a new one: rprune certify"
 CLOSE = 1e-6  # of margins that another CPU computes, relative
 DRIFT = 1 / 500  # of draws whose class float rounding may change elsewhere
@@ -143,12 +143,21 @@ def _bounds_add_up(bounds: dict[str, Any]) -> None:
     rows, levels = bounds["samples"], bounds["levels"]
     counted = {status: sum(row["status"] == status for row in rows) for status in STATUS}
     _need(len(rows) == bounds["n"] and counted == bounds["counts"], "its counts are not those of its samples")
+    _ordered(rows)
     for row in rows:
         sure = row["status"] == "certified"
+        wrong = row["label"] != row["prediction"]
+        _need(wrong == (row["status"] == "misclassified"), "a verdict contradicts prediction and label")
+        _need(sure or not row.get("fp_any_order"), "a sample holds for float32 and is not certified")
         _need(
             not sure or (row["margin"] is not None and row["margin"] > 0), "a certified sample has no positive margin"
         )
         _need(not sure or row["method"] in bounds["methods"], "a certified sample names no bound")
+    if bounds["fp_any_order"] is not None:
+        _need(
+            bounds["fp_any_order"] == sum(row["fp_any_order"] for row in rows),
+            "its counts are not those of its samples",
+        )
     _need(levels[0]["eps"] == bounds["eps"], "its first level is not the radius that was certified")
     _need(levels[0]["proved"] == [int(row["status"] == "certified") for row in rows], "its levels are not its samples'")
     for wider, level in zip([levels[0], *levels], levels, strict=False):
@@ -164,15 +173,15 @@ def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, chosen: ra
     """Certified samples are proved again, by what proved them, and stand the attack; falsified ones fall to it."""
     threat, rows = ThreatModel.of(bounds["norm"], bounds["eps"]), bounds["samples"]
     exact = exactly(network)
-    proved = _some([i for i, row in enumerate(rows) if row["status"] == "certified"], chosen, samples)
+    rows_by_id = {row["index"]: row for row in rows}
+    proved = _some([row["index"] for row in rows if row["status"] == "certified"], chosen, samples)
     for i in proved:
-        batch = _batch(bench, [i])
-        (by,), margin, _ = cascade(exact, batch.x, batch.y, threat, (rows[i]["method"],), torch.tensor([True]))
-        same = by and math.isclose(float(margin), rows[i]["margin"], rel_tol=CLOSE, abs_tol=CLOSE)
-        _need(
-            bool(same), f"sample {i} is certified by {rows[i]['method']} with margin {rows[i]['margin']}, not so here"
-        )
-    broken = _some([i for i, row in enumerate(rows) if row["status"] == "falsified"], chosen, samples)
+        batch, row = _batch(bench, [i]), rows_by_id[i]
+        _need(row["label"] == int(batch.y), f"sample {i} has label {int(batch.y)}, not {row['label']}")
+        (by,), margin, _ = cascade(exact, batch.x, batch.y, threat, (row["method"],), torch.tensor([True]))
+        same = by and math.isclose(float(margin), row["margin"], rel_tol=CLOSE, abs_tol=CLOSE)
+        _need(bool(same), f"sample {i} is certified by {row['method']} with margin {row['margin']}, not so here")
+    broken = _some([row["index"] for row in rows if row["status"] == "falsified"], chosen, samples)
     if both := sorted(proved + broken):
         test = loader(bench.data.test, torch.device("cpu"))
         found = robustness(
@@ -186,16 +195,22 @@ def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, chosen: ra
 
 def _radii(smoothing: dict[str, Any]) -> None:
     settings = {name: smoothing[name] for name in ("n", "alpha", "sigma", "test", "slack")}
-    for i, row in enumerate(smoothing["samples"]):
+    _ordered(smoothing["samples"])
+    for row in smoothing["samples"]:
         _, right = recounted(row, **settings)
-        _need(right, f"the radius of sample {i} does not follow from its counts")
+        _need(right, f"the radius of sample {row['index']} does not follow from its counts")
+
+
+def _ordered(rows: list[dict[str, Any]]) -> None:
+    ids = [row["index"] for row in rows]
+    _need(ids == sorted(set(ids)), "its samples are not in order, each once")
 
 
 def _noise_again(smoothing: dict[str, Any], net: Any, bench: Bench, chosen: random.Random, samples: int) -> str:
-    rows = smoothing["samples"]
+    rows = {row["index"]: row for row in smoothing["samples"]}
     names = ("sigma", "test", "noise", "n0", "n", "alpha")
     again = Smoothing(**{name: smoothing[name] for name in names})
-    ids = _some(list(range(len(rows))), chosen, samples)
+    ids = _some(list(rows), chosen, samples)
     if not ids:
         return "no samples drawn again"
     batch = _batch(bench, ids)

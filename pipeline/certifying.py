@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from jaxtyping import Int64
+from torch import Tensor, fx, nn
 
 from rprune.attacks.pgd import PGD
 from rprune.certification.bounds import CASCADE, METHODS, Method
@@ -18,18 +20,20 @@ from rprune.certification.smoothing import DRAWS, Smoothing
 from rprune.data.loaders import Loader, loader
 from rprune.errors import UsageError
 from rprune.evaluation.accuracy import classes_of
-from rprune.evaluation.certificates import Bounded, certify_bounds, certify_smoothing
+from rprune.evaluation.certificates import STATUS, Bounded, SmoothedSet, certify_bounds, certify_smoothing
 from rprune.evaluation.robustness import robustness
 from rprune.evaluation.target import Target
 from rprune.models.graph import trace
 from rprune.pipeline.artifact import Artifact
-from rprune.pipeline.bench import Bench, progress_of
+from rprune.pipeline.bench import Bench
 from rprune.pipeline.forms import Deployed
 from rprune.pipeline.recipe import CertifyStage
+from rprune.pipeline.verdicts import Part, Row, Verdicts, key_of
 from rprune.threat import ThreatModel
 
 FALSIFIER = PGD(steps=40, restarts=3)
 LOWER = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of eps: the certified curve
+BLOCK, CHEAP_BLOCK = 50, 250  # samples whose verdicts are kept together; an interruption loses one block at most
 CLAIMS = {
     "int-exact": "every input in the ball, for the integers of the 8-bit graph, on kernels that do not saturate",
     "fp-any-order": "every input in the ball, for float32 sums in any order (not TF32, bfloat16 or Winograd kernels)",
@@ -41,30 +45,41 @@ Certificates = dict[str, Any]
 """JSON-able outcome of a certify stage: ``artifact`` (tensors digest), ``bounds`` and ``smoothing`` by sample."""
 
 
-def certify(bench: Bench, source: Artifact, stage: CertifyStage) -> Certificates:
+def certify(bench: Bench, source: Artifact, stage: CertifyStage, part: Part | None = None) -> Certificates:
     """Bounds for the 8-bit network when there is one, else for the float network.
 
     Raises UsageError for bounds that the form does not have.
     """
     form = "onnx-int8" if source.quantization else "onnx"
     network = certified_network(source, bench)
-    return {"artifact": source.digest, "form": form} | certificates(bench, network, network, stage)
+    found = certificates(bench, network, network, stage, source.digest, part or Part())
+    return {"artifact": source.digest, "form": form} | found
 
 
-def certificates(bench: Bench, network: Any, net: nn.Module, stage: CertifyStage) -> Certificates:
-    """What a stage asks for: bounds of a network from ``trace``, ``simulated`` or ``lifted``; smoothing of ``net``."""
+def certificates(
+    bench: Bench, network: Any, net: nn.Module, stage: CertifyStage, model: str, part: Part
+) -> Certificates:
+    """What a stage asks for: bounds of a network from ``trace``, ``simulated`` or ``lifted``; smoothing of ``net``.
+
+    ``model``: the digest by which a journal of verdicts knows it.
+    """
     started = time.monotonic()
     found: Certificates = {
         "data": {"source": bench.data.source, "sha256": bench.data.test.digest},
         "config": stage.model_dump(mode="json"),
         "seed": bench.seed,
     }
-    if set(stage.methods) > {"smoothing"} or "smoothing" not in stage.methods:
+    if part.shard != (0, 1):
+        found["shard"] = part.name
+    verdicts = part.open(key_of(model, bench, stage))
+    if set(stage.methods) != {"smoothing"}:
         threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
         integers = of_integers(network)
-        found["bounds"] = bounded(bench, network, threat, _bounds_of(stage, integers), stage, integers)
+        methods, ids = _bounds_of(stage, integers), part.ids(len(bench.data.test), stage.limit)
+        found["bounds"] = bounded(bench, network, threat, methods, stage, ids, verdicts)
     if "smoothing" in stage.methods:
-        found["smoothing"] = smoothed(bench, net, stage)
+        ids = part.ids(len(bench.data.test), stage.smoothing_limit)
+        found["smoothing"] = smoothed(bench, net, stage, ids, verdicts)
     found["seconds"] = time.monotonic() - started
     return found
 
@@ -81,46 +96,65 @@ def bounded(
     threat: ThreatModel,
     methods: tuple[Method, ...],
     stage: CertifyStage,
-    exact: bool,
+    ids: Int64[Tensor, " n"],
+    verdicts: Verdicts,
 ) -> dict[str, Any]:
     """The cascade at eps, and intervals alone at fractions of it, where what holds at more holds too."""
-    test = loader(bench.data.test, torch.device("cpu"))
-    broken = _falsified(bench, network, test, threat, stage)
-    found = certify_bounds(
-        network, test, threat, methods, falsified=broken, limit=stage.limit, on_progress=_counting(bench, threat)
-    )
-    sure, levels = found.proved, [_level(threat, found.proved)]
-    for factor in LOWER:
-        lower = threat.scaled(factor)
-        looser = certify_bounds(network, test, lower, ("ibp",), limit=stage.limit, on_progress=_counting(bench, lower))
-        sure = sure | looser.proved
-        levels.append(_level(lower, sure))
+    test, exact = loader(bench.data.test, torch.device("cpu")), of_integers(network)
+    lower = [threat.scaled(factor) for factor in LOWER]
+    left = torch.tensor(verdicts.missing("bounds", ids), dtype=torch.int64)
+    for block in torch.split(left, CHEAP_BLOCK if methods == ("ibp",) else BLOCK):
+        report = _counting(bench, threat, verdicts.rows("bounds", ids), len(ids))
+        report({})
+        broken = _falsified(bench, network, test, threat, stage, block)
+        found = certify_bounds(network, test, threat, methods, falsified=broken, ids=block, on_progress=report)
+        sure, looser = found.proved, []
+        for less in lower:
+            sure = sure | certify_bounds(network, test, less, ("ibp",), ids=block).proved
+            looser.append(sure.int())
+        rows = _rows(found, exact, torch.stack(looser, 1).tolist())
+        verdicts.add("bounds", dict(zip(block.tolist(), rows, strict=True)))
+    rows = verdicts.rows("bounds", ids)
+    levels = [_level(threat, [int(row["status"] == "certified") for row in rows])]
+    levels += [_level(less, [row["lower"][place] for row in rows]) for place, less in enumerate(lower)]
     return {
         "norm": threat.norm,
         "eps": threat.text,
-        "n": found.clean.n,
+        "n": len(rows),
         "methods": list(methods),
-        "falsifier": f"{FALSIFIER.label}-{FALSIFIER.steps}x{FALSIFIER.restarts}" if broken is not None else None,
+        "falsifier": f"{FALSIFIER.label}-{FALSIFIER.steps}x{FALSIFIER.restarts}" if stage.falsify else None,
         "claim": "int-exact" if exact else "real",
-        "counts": found.counts(),
-        "fp_any_order": None if exact else int(found.rounded.sum()),
+        "counts": {status: sum(row["status"] == status for row in rows) for status in STATUS},
+        "fp_any_order": None if exact else sum(row["fp_any_order"] for row in rows),
         "levels": levels,
-        "samples": _rows(found),
+        "samples": _numbered(ids, rows),
     }
 
 
-def smoothed(bench: Bench, net: nn.Module, stage: CertifyStage) -> dict[str, Any]:
+def smoothed(
+    bench: Bench, net: nn.Module, stage: CertifyStage, ids: Int64[Tensor, " n"], verdicts: Verdicts
+) -> dict[str, Any]:
     """Randomized smoothing of a net on the CPU: its settings, and a row for each sample."""
     settings: dict[str, Any] = {name: getattr(stage, name) for name in ("sigma", "test", "noise", "n0", "alpha")}
     settings["n"] = stage.n or DRAWS[stage.test]
     smoothing, dimensions = Smoothing(**settings), math.prod(bench.data.shape)
     needed = needed_l2(bench.threat.norm, bench.threat.eps, dimensions)
     target = stage.radius or (needed if needed < smoothing.reach(dimensions) else stage.sigma)
-    verdicts = certify_smoothing(
-        classes_of(net), loader(bench.data.test, torch.device("cpu")), len(bench.data.classes), smoothing,
-        target=target, seed=bench.seed, limit=stage.smoothing_limit, on_progress=progress_of(bench, "smoothing"),
-    )  # fmt: skip
-    return settings | {"radius": target, "slack": smoothing.slack(dimensions), "samples": verdicts.rows()}
+    test, predict = loader(bench.data.test, torch.device("cpu")), classes_of(net)
+    left = torch.tensor(verdicts.missing("smoothing", ids), dtype=torch.int64)
+    for block in torch.split(left, BLOCK):
+        known = SmoothedSet.from_rows(verdicts.rows("smoothing", ids))
+
+        def report(done: int, right: int, _: int, known: SmoothedSet = known) -> None:
+            bench.reporter.progress("smoothing", len(known.labels) + done, known.correct_at(target) + right, len(ids))
+
+        found = certify_smoothing(
+            predict, test, len(bench.data.classes), smoothing, target=target, seed=bench.seed, ids=block,
+            on_progress=report,
+        )  # fmt: skip
+        verdicts.add("smoothing", dict(zip(block.tolist(), found.rows(), strict=True)))
+    rows = _numbered(ids, verdicts.rows("smoothing", ids))
+    return settings | {"radius": target, "slack": smoothing.slack(dimensions), "samples": rows}
 
 
 def _bounds_of(stage: CertifyStage, integers: bool) -> tuple[Method, ...]:
@@ -134,35 +168,48 @@ def _bounds_of(stage: CertifyStage, integers: bool) -> tuple[Method, ...]:
 
 
 def _falsified(
-    bench: Bench, network: fx.GraphModule, test: Loader, threat: ThreatModel, stage: CertifyStage
-) -> torch.Tensor | None:
+    bench: Bench, network: fx.GraphModule, test: Loader, threat: ThreatModel, stage: CertifyStage, ids: Tensor
+) -> set[int]:
     if not stage.falsify:
-        return None
-    found = robustness(
-        Target(network, network), test, threat, (FALSIFIER,), seed=bench.seed, limit=stage.limit, grid=False,
-        on_progress=lambda name, *counts: bench.reporter.progress(f"{name} eps {threat.eps:.4g}", *counts),
-    )  # fmt: skip
-    broken = torch.zeros(len(test), dtype=torch.bool)
-    broken[found.ids] = ~found.robust & (found.clean.predicted == found.clean.labels)
-    return broken
+        return set()
+    found = robustness(Target(network, network), test, threat, (FALSIFIER,), seed=bench.seed, ids=ids, grid=False)
+    right = found.clean.predicted == found.clean.labels
+    return set(found.ids[~found.robust & right].tolist())
 
 
-def _counting(bench: Bench, threat: ThreatModel) -> Any:
-    def report(counts: Mapping[str, int], total: int) -> None:
-        what = f"bounds eps {threat.eps:.4g}: {counts['falsified']} falsified, {counts['unknown']} unknown"
-        bench.reporter.progress(what, sum(counts.values()), counts["certified"], total)
+def _counting(
+    bench: Bench, threat: ThreatModel, known: Sequence[Row], total: int
+) -> Callable[[Mapping[str, int]], None]:
+    before = Counter(str(row["status"]) for row in known)
+
+    def report(counts: Mapping[str, int]) -> None:
+        seen = before + Counter(counts)
+        what = f"bounds eps {threat.eps:.4g}: {seen['falsified']} falsified, {seen['unknown']} unknown"
+        bench.reporter.progress(what, sum(seen.values()), seen["certified"], total)
 
     return report
 
 
-def _level(threat: ThreatModel, proved: torch.Tensor) -> dict[str, Any]:
-    return {"eps": threat.text, "correct": int(proved.sum()), "proved": proved.int().tolist()}
+def _level(threat: ThreatModel, proved: list[int]) -> dict[str, Any]:
+    return {"eps": threat.text, "correct": sum(proved), "proved": proved}
 
 
-def _rows(found: Bounded) -> list[dict[str, Any]]:
-    """One for each sample; ``margin`` None where no bound is finite."""
-    rows = zip(found.status, found.method, found.margin.tolist(), strict=True)
-    return [
-        {"status": status, "method": method, "margin": margin if math.isfinite(margin) else None}
-        for status, method, margin in rows
-    ]
+def _rows(found: Bounded, exact: bool, lower: list[list[int]]) -> list[Row]:
+    """One for each sample; ``margin`` None where no bound is finite; ``lower``: proved at each fraction of eps."""
+    columns = {
+        "label": found.clean.labels.tolist(),
+        "prediction": found.clean.predicted.tolist(),
+        "status": found.status,
+        "method": found.method,
+        "margin": [margin if math.isfinite(margin) else None for margin in found.margin.tolist()],
+        "lower": lower,
+    }
+    if not exact:
+        columns["fp_any_order"] = found.rounded.tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _numbered(ids: Tensor, rows: Sequence[Row]) -> list[Row]:
+    """The rows as a certificate holds them; what is proved at less stands in its levels."""
+    kept = [{name: value for name, value in row.items() if name != "lower"} for row in rows]
+    return [{"index": i} | row for i, row in zip(ids.tolist(), kept, strict=True)]

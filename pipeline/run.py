@@ -26,6 +26,7 @@ from rprune.pipeline.recipe import (
     Stage,
 )
 from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_stage
+from rprune.pipeline.verdicts import VERDICTS, Part
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
 
@@ -166,7 +167,10 @@ class Runner:
     def _work(self, stage: Stage, partial: Path, artifact: Artifact | None, certificates: Certificates | None) -> None:
         if isinstance(stage, CertifyStage):
             assert artifact is not None
-            write_json(partial / "certificates.json", sealed(certify(self.bench, artifact, stage), None, self.bench))
+            part = Part(journal=partial / VERDICTS)
+            found = certify(self.bench, artifact, stage, part)
+            write_json(partial / "certificates.json", sealed(found, None, self.bench))
+            part.done()
             return
         if isinstance(stage, ExportStage):
             assert artifact is not None

@@ -23,6 +23,7 @@ from rprune.pipeline.certifying import certificates
 from rprune.pipeline.recipe import CertifyStage
 from rprune.pipeline.single import Request, open_data, open_model
 from rprune.pipeline.targets import CPU, PROBES, alike, of_artifact, of_file, sources_of
+from rprune.pipeline.verdicts import Part
 from rprune.reports.schema import Role
 
 SHIPPED = (".onnx", ".c")
@@ -148,7 +149,7 @@ def measure(
     return rows
 
 
-def certify_file(opened: Opened, stage: CertifyStage) -> dict[str, Any]:
+def certify_file(opened: Opened, stage: CertifyStage, part: Part | None = None) -> dict[str, Any]:
     """Certificates of a file as it ships: bounds of what its graph computes, smoothing of what answers.
 
     Raises UsageError for bounds of C, whose graph is that of the ONNX file beside it.
@@ -160,7 +161,8 @@ def certify_file(opened: Opened, stage: CertifyStage) -> dict[str, Any]:
                 "a C source can be certified by smoothing alone", "--method smoothing; bounds: its ONNX file"
             )
         network = graph_of(opened)
-    return {"form": opened.role} | certificates(opened.bench, network, opened.target.artifact, stage)
+    found = certificates(opened.bench, network, opened.target.artifact, stage, opened.digest, part or Part())
+    return {"form": opened.role} | found
 
 
 def graph_of(opened: Opened) -> fx.GraphModule:

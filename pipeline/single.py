@@ -133,10 +133,11 @@ def run_single(
     return made
 
 
-def certificates_beside(model: Path) -> Path:
-    """Where ``certify`` writes and, beside a file of rprune's own, ``export`` looks."""
+def certificates_beside(model: Path, shard: tuple[int, int] = (0, 1)) -> Path:
+    """Where ``certify`` writes, a shard to a file of its own, and, beside a file of rprune's own, ``export`` looks."""
     stem = model.stem if model.suffix in (".pt", ".pth", ".safetensors") else model.name
-    return model.with_name(f"{stem}.certificates.json")
+    part = "" if shard == (0, 1) else f".{shard[0] + 1}of{shard[1]}"
+    return model.with_name(f"{stem}{part}.certificates.json")
 
 
 def read_certificates(path: Path, artifact: Artifact, bench: Bench) -> dict[str, Any]:
@@ -146,6 +147,8 @@ def read_certificates(path: Path, artifact: Artifact, bench: Bench) -> dict[str,
         raise InputError(f"{path} holds no certificates", "run 'rprune certify' again")
     if found.get("digest") != seal_of(found):
         raise InputError(f"{path} was changed after it was issued", "run 'rprune certify' again")
+    if "shard" in found:
+        raise InputError(f"{path} covers shard {found['shard']} alone", "merge all: rprune certify MODEL --merge FILE")
     if found["artifact"] != artifact.digest or found["form"] != ("onnx-int8" if artifact.quantization else "onnx"):
         raise InputError(f"{path} certifies another model", "run 'rprune certify' on this one")
     if found["data"]["sha256"] != bench.data.test.digest:

@@ -86,6 +86,8 @@ TAMPERED = {
     "a file elsewhere": (lambda f: f["file"].update(name="../" + MODEL), True, "names a file elsewhere"),
     "no sense": (lambda f: f.pop("bounds") and f.update(bounds={"n": 3}), True, "makes no sense"),
     "a sample that is not": (more_certified, True, "is certified by ibp"),
+    "a sample twice": (lambda f: f["bounds"]["samples"][1].update(index=0), True, "each once"),
+    "another label": (lambda f: f["bounds"]["samples"][0].update(label=11), True, "contradicts"),
 }
 
 
@@ -125,8 +127,92 @@ def test_other_data_are_refused(folder, call) -> None:
     ],
 )
 def test_refusals(folder, call, arguments, code, words) -> None:
+    before = sorted(folder.iterdir())
     assert words in call(*arguments, "-q", cwd=folder).refused(code)
-    assert not (folder / "x.json").exists()
+    assert sorted(folder.iterdir()) == before
+
+
+OPTIONS = ("--method", "ibp,smoothing", "--eps", "0.02", "--radius", 0.1, "--n", 200, "--limit", 13, "-q")
+
+
+def content(path) -> dict:
+    """What two certificates of the same samples have in common."""
+    found = json.loads(path.read_text())
+    return {name: found[name] for name in ("bounds", "smoothing", "data", "threat", "seed", "config")}
+
+
+@pytest.fixture(scope="module")
+def whole(chain, call, tmp_path_factory):
+    """A folder with the model and its certificate of 13 samples."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copy(chain / MODEL, folder / MODEL)
+    assert call("certify", MODEL, *OPTIONS, "-o", "whole.json", cwd=folder).code == 0
+    return folder
+
+
+def test_shards_merge_to_the_whole(whole, call) -> None:
+    parts = [FILE.replace(".cert", f".{i}of3.cert") for i in (1, 2, 3)]
+    for i, part in enumerate(parts, 1):
+        assert call("certify", MODEL, *OPTIONS, "--shard", f"{i}/3", cwd=whole).code == 0
+        found = json.loads((whole / part).read_text())
+        assert found["shard"] == f"{i}/3"
+        assert [row["index"] for row in found["bounds"]["samples"]] == list(range(i - 1, 13, 3))
+        assert call("certify", "--check", part, "-q", cwd=whole).code == 0
+    merge = [word for part in parts[:2] for word in ("--merge", part)]
+    assert call("certify", MODEL, *OPTIONS, *merge, "-o", "merged.json", cwd=whole).code == 0
+    assert content(whole / "merged.json") == content(whole / "whole.json")
+    assert "covers shard 1/3 alone" in call(
+        "export", MODEL, "-o", "e", "--certificates", parts[0], cwd=whole
+    ).refused(3)  # fmt: skip
+    assert sorted(path.name for path in whole.iterdir() if "json" in path.name) == sorted(
+        ["whole.json", "merged.json", *parts]
+    )
+
+
+def test_an_interrupted_run_goes_on(whole, call, monkeypatch) -> None:
+    from rprune.pipeline import certifying
+
+    asked: list[int] = []
+
+    def counted(*args, **options):
+        if "falsified" in options:
+            asked.extend(options["ids"].tolist())
+            if len(asked) == 8:
+                raise KeyboardInterrupt
+        return certify_bounds(*args, **options)
+
+    certify_bounds = certifying.certify_bounds
+    monkeypatch.setattr(certifying, "CHEAP_BLOCK", 4)
+    monkeypatch.setattr(certifying, "certify_bounds", counted)
+    assert call("certify", MODEL, *OPTIONS, "-o", "broken.json", cwd=whole).code == 130
+    assert not (whole / "broken.json").exists()
+    with (whole / "broken.jsonl").open("a") as file:
+        file.write('{"section": "bou')
+    assert call("certify", MODEL, *OPTIONS, "--alpha", 0.01, "-o", "broken.json", cwd=whole).code == 2
+    assert call("certify", MODEL, *OPTIONS, "-o", "broken.json", cwd=whole).code == 0
+    assert asked == [*range(8), *range(4, 13)]
+    assert content(whole / "broken.json") == content(whole / "whole.json")
+    assert not (whole / "broken.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (lambda found: found.update(seed=5), 2, "seed differ"),
+        (lambda found: found["config"].update(alpha=0.5), 2, "settings differ"),
+        (lambda found: found.pop("bounds"), 3, "was changed"),
+        (lambda found: found.update(schema="x"), 3, "no certificate"),
+    ],
+)
+def test_what_is_merged_is_of_the_same_kind(whole, call, tmp_path, change, code, words) -> None:
+    found = json.loads((whole / "whole.json").read_text())
+    change(found)
+    if code == 2:
+        del found["digest"]
+        found["digest"] = digest_of(found)
+    (tmp_path / "part.json").write_text(json.dumps(found))
+    said = call("certify", MODEL, *OPTIONS, "--merge", tmp_path / "part.json", "-o", "x.json", cwd=whole)
+    assert words in said.refused(code)
 
 
 def test_a_moved_model_is_missed(folder, call) -> None:

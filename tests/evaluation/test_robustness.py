@@ -375,8 +375,8 @@ def test_a_cascade_asks_each_bound_for_what_is_left(data: Resident) -> None:
         split,
         threat,
         METHODS,
-        falsified=falsified,
-        on_progress=lambda counts, total: seen.append(dict(counts)),
+        falsified=set(falsified.nonzero().flatten().tolist()),
+        on_progress=lambda counts: seen.append(dict(counts)),
     )
     exact = {
         name: holds(lower_margins(trace(Deep(), SHAPE).double(), x, labels, threat, name), labels) for name in METHODS
