@@ -63,6 +63,11 @@ def smallest(lower: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Float[Tenso
 def rounded_margins(
     network: fx.GraphModule, x: Float[Tensor, "b c h w"], y: Int64[Tensor, " b"], threat: ThreatModel, lower: Tensor
 ) -> Float[Tensor, "b k"]:
-    """``lower`` less what float32 sums in any order may add to the difference of two logits."""
+    """``lower`` less what float32 sums in any order may add to the difference of two logits.
+
+    Of integers, the bounds of any kernel between the quantisers (:func:`rprune.certification.ibp.bounds`, ``loose``).
+    """
+    if ibp.of_integers(network):
+        return ibp.margins(network, *ibp.box(x, threat), y, loose=True)
     error = float_error(network, *ibp.box(x, threat))
     return lower - error - error.gather(1, y[:, None])

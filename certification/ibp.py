@@ -21,7 +21,15 @@ OUTWARD = 1e-6  # the box is this much wider than eps: the tolerance with which 
 MONOTONE = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, GlobalAvgPool)
 LOGIT_ROUNDING = 2.0**-21  # relative; three float32 roundings for each of two logits
 
+UNIT = 2.0**-24  # of float32
+SMALLEST = 2.0**-126  # below it float32 has fewer digits: what an operation may lose on top
+
 Interval = tuple[Tensor, Tensor]
+
+
+def gamma(count: int) -> float:
+    """What ``count`` float32 operations in any order may err by, relative to their magnitudes (Higham, 2002, 3.1)."""
+    return count * UNIT / (1 - count * UNIT)
 
 
 def box(x: Float[Tensor, "b c h w"], threat: ThreatModel) -> Interval:
@@ -35,33 +43,41 @@ def outward(threat: ThreatModel) -> ThreatModel:
     return ThreatModel.of(threat.norm, repr(threat.eps + OUTWARD)) if threat.eps > 0 else threat
 
 
-def bounds(network: fx.GraphModule, lo: Tensor, hi: Tensor) -> Interval:
-    """Bounds of the logits for all inputs in [lo, hi]; ``network`` comes from ``trace`` or ``simulated``."""
-    found = _Interpreter(network).run((lo, hi))
+def bounds(network: fx.GraphModule, lo: Tensor, hi: Tensor, loose: bool = False) -> Interval:
+    """Bounds of the logits for all inputs in [lo, hi]; ``network`` comes from ``trace`` or ``simulated``.
+
+    ``loose``, of integers: whatever kernels compute between the quantisers, in integers or in float32 in any order.
+    """
+    found = _Interpreter(network, loose=loose).run((lo, hi))
     return found[0], found[1]
 
 
-def margins(network: fx.GraphModule, lo: Tensor, hi: Tensor, y: Int64[Tensor, " b"]) -> Float[Tensor, "b k"]:
-    """Lower bounds of z_y - z_j over the box, for every class j; +inf at j = y."""
+def margins(
+    network: fx.GraphModule, lo: Tensor, hi: Tensor, y: Int64[Tensor, " b"], loose: bool = False
+) -> Float[Tensor, "b k"]:
+    """Lower bounds of z_y - z_j over the box, for every class j; +inf at j = y. ``loose``: as in :func:`bounds`."""
     last = output_of(network)
     head = layer(network, last) if last.op == "call_module" else None
     affine = _real_affine(head)
     if affine is None:
-        low, high = bounds(network, lo, hi)
+        low, high = bounds(network, lo, hi, loose)
         lower = low.gather(1, y[:, None]) - high
     else:
         (source,) = last.args
         assert isinstance(source, fx.Node)
         weight, bias = affine
-        low, high = _Interpreter(network, stop=source).run((lo, hi))
+        low, high = _Interpreter(network, stop=source, loose=loose).run((lo, hi))
         centre, radius = (low + high) / 2, (high - low) / 2
         logits = F.linear(centre, weight, bias)
         spread = (weight[y][:, None] - weight[None]).abs()
         reach = torch.einsum("bi,bki->bk", radius, spread)
         lower = logits.gather(1, y[:, None]) - logits - reach
         if not isinstance(head, nn.Linear):
-            size = logits.abs() + F.linear(radius, weight.abs())
-            lower = lower - LOGIT_ROUNDING * size.amax(1, keepdim=True)
+            rounding, size = LOGIT_ROUNDING, logits.abs() + F.linear(radius, weight.abs())
+            if loose:
+                reach = torch.maximum(low.abs(), high.abs())
+                rounding, size = 2 * gamma(_terms(head)), F.linear(reach, weight.abs()) + bias.abs()
+            lower = lower - rounding * size.amax(1, keepdim=True)
     return lower.scatter(1, y[:, None], torch.inf)
 
 
@@ -83,10 +99,10 @@ def of_integers(network: nn.Module) -> bool:
     return any(hasattr(module, "interval") for module in network.modules())
 
 
-def through(module: nn.Module, *inputs: Interval) -> Interval:
+def through(module: nn.Module, *inputs: Interval, loose: bool = False) -> Interval:
     """Bounds of a layer's value from those of its inputs, in their precision; differentiable for real layers."""
     lo, hi = inputs[0]
-    own: Any = getattr(module, "interval", None)
+    own: Any = getattr(module, "loose" if loose else "interval", None)
     if own is not None:
         low, high = own(*(end for pair in inputs for end in pair))
         return low, high
@@ -113,9 +129,9 @@ def through(module: nn.Module, *inputs: Interval) -> Interval:
 class _Interpreter(fx.Interpreter):
     """Runs a network on (lo, hi) pairs in float64."""
 
-    def __init__(self, network: fx.GraphModule, stop: fx.Node | None = None) -> None:
+    def __init__(self, network: fx.GraphModule, stop: fx.Node | None = None, loose: bool = False) -> None:
         super().__init__(network)
-        self.stop = stop
+        self.stop, self.loose = stop, loose
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -131,7 +147,7 @@ class _Interpreter(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Interval:  # noqa: ARG002
-        low, high = through(self.fetch_attr(target), *args)
+        low, high = through(self.fetch_attr(target), *args, loose=self.loose)
         return low, high
 
 
@@ -139,6 +155,11 @@ class _Stopped(Exception):
     def __init__(self, value: Any) -> None:
         super().__init__()
         self.value = value
+
+
+def _terms(head: Any) -> int:
+    found: int = head.terms
+    return found
 
 
 def _real_affine(head: nn.Module | None) -> tuple[Tensor, Tensor] | None:

@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from rprune.certification.ibp import through
+from rprune.certification.ibp import SMALLEST, UNIT, gamma, through
 from rprune.models.graph import Add, Affine, GlobalAvgPool, pair
-
-UNIT = 2.0**-24
-SMALLEST = 2.0**-126  # below it float32 has fewer digits: what an operation may lose on top
 
 
 def float_error(
@@ -28,10 +25,6 @@ def float_error(
         _, _, error = _Interpreter(network).run((lo, hi, torch.zeros_like(lo)))
     found: Tensor = error
     return found
-
-
-def gamma(count: int) -> float:
-    return count * UNIT / (1 - count * UNIT)
 
 
 class _Interpreter(fx.Interpreter):

@@ -32,7 +32,7 @@ class Bounded:
     """What bounds and attacks say of each sample; ``margin`` is the best lower bound of the smallest margin.
 
     ``method``: what decided, an attack's name or a bound's; empty where nothing did. ``rounded``: certified for float32
-    sums in any order, too (always, where integers are bounded).
+    sums in any order, too; of integers, for any kernel between the quantisers.
     """
 
     clean: Predictions
@@ -117,7 +117,6 @@ def cascade(
 
     Progress: images proved, and left.
     """
-    integers = of_integers(network)
     left, by = wanted.clone(), [""] * len(y)
     best, firm = torch.full((len(y),), -torch.inf, dtype=torch.float64), torch.zeros_like(wanted)
     for name in methods:
@@ -127,9 +126,7 @@ def cascade(
             sure = places[done := proved(lower, y[places])]
             for place in sure.tolist():
                 by[place] = name
-            if integers:
-                firm[sure] = True
-            elif len(sure):
+            if len(sure):
                 firm[sure] = proved(rounded_margins(network, x[sure], y[sure], threat, lower[done]), y[sure])
             left[sure] = False
             on_progress(int((wanted & ~left).sum()), int(left.sum()))

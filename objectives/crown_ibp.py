@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
-from rprune.certification.live import Bounds
+from rprune.certification.compat import Compat
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
-from rprune.objectives.ibp import certified, ramped
+from rprune.objectives.ibp import bounded, certified, ramped
 from rprune.threat import ThreatModel
 
 
@@ -30,9 +30,10 @@ class CROWNIBP(Objective):
     the given value over the ramp.
 
     HYDRA trains for eps 0.007 where its paper says 2/255, and clamps the box to the batch's own range; here eps is the
-    threat's and the box is [0, 1]. The natural pass moves batch norm's running statistics, which the bounds use, and
-    is logged. An l2 ball is bounded by the dual norm in m_CROWN and enclosed in the linf ball in m_IBP, so an l2 threat
-    wants final_beta 1. Validation attacks with PGD; take ``select = "last"``, as HYDRA does.
+    threat's and the box is [0, 1], unless ``compat`` is "hydra". The natural pass moves batch norm's running
+    statistics, which the bounds use, and is logged. An l2 ball is bounded by the dual norm in m_CROWN and enclosed in
+    the linf ball in m_IBP, so an l2 threat wants final_beta 1. Validation attacks with PGD; take ``select = "last"``,
+    as HYDRA does.
     """
 
     paper: ClassVar[str] = "Zhang et al., ICLR 2020"
@@ -43,6 +44,7 @@ class CROWNIBP(Objective):
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.6
     final_beta: Annotated[float, Field(ge=0, le=1)] = 0.0
     kappa: Annotated[float, Field(ge=0, le=1)] | None = None
+    compat: Compat | None = None
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
         reached = ramped(progress, self.ramp)
@@ -52,7 +54,7 @@ class CROWNIBP(Objective):
         def loss() -> Loss:
             logits = net(x)
             natural = self.cross_entropy(logits, y)
-            bounds = Bounds(net, x, self.threat.scaled(reached))
+            bounds = bounded(net, x, self.threat, reached, self.compat)
             lower = bounds.interval_margins(y)
             if beta > 0:
                 lower = beta * bounds.linear_margins(y) + (1 - beta) * lower

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
+from rprune.certification.compat import Compat, hydra_box, hydra_threat
 from rprune.certification.live import Bounds
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
 from rprune.threat import ThreatModel
@@ -19,6 +20,17 @@ from rprune.threat import ThreatModel
 def ramped(progress: float, ramp: float) -> float:
     """Linear from 0 to 1 over the first ``ramp`` of a stage, 1 from there on."""
     return 1.0 if progress >= ramp else progress / ramp
+
+
+def bounded(
+    net: nn.Module, x: Tensor, threat: ThreatModel, reached: float, compat: Compat | None, symbolic: bool = False
+) -> Bounds:
+    """Bounds over a ball of ``reached`` times eps, with CROWN's relaxation or ``symbolic`` intervals."""
+    if compat == "hydra":
+        threat = hydra_threat(threat)
+    threat = threat.scaled(reached)
+    pixels = hydra_box(x, threat, each=symbolic) if compat == "hydra" else None
+    return Bounds(net, x, threat, "parallel" if symbolic else "crown", tighten=symbolic, pixels=pixels)
 
 
 def certified(lower: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
-from rprune.certification.live import Bounds
+from rprune.certification.compat import Compat
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
-from rprune.objectives.ibp import ramped
+from rprune.objectives.ibp import bounded, ramped
 from rprune.threat import ThreatModel
 
 
@@ -29,8 +29,9 @@ class MixTrain(Objective):
     fine-tunes with ramp 0, and steps Adam at lr 0.001 with batches of 25 to 50.
 
     Differs from HYDRA's code: samples are drawn without replacement, eps moves at every step instead of every epoch,
-    the box is [0, 1] instead of each image's own range, and symbolic bounds are intersected with intervals. Batch norm
-    is bounded by its running statistics. Validation attacks with PGD; take ``select = "last"``.
+    the box is [0, 1] instead of each image's own range (``compat`` "hydra" has its box, and its eps), and symbolic
+    bounds are intersected with intervals. Batch norm is bounded by its running statistics. Validation attacks with PGD;
+    take ``select = "last"``.
 
     Memory and time grow with samples x (neurons of a layer) x (neurons of the layer below): for small nets.
     """
@@ -44,6 +45,7 @@ class MixTrain(Objective):
     samples: Annotated[int, Field(ge=1)] = 5
     ramp: Annotated[float, Field(ge=0, le=1)] = 1 / 6
     period: Annotated[float, Field(gt=0)] = 1 / 12
+    compat: Compat | None = None
 
     def weight(self, progress: float) -> float:
         """w at a point of the stage."""
@@ -51,7 +53,7 @@ class MixTrain(Objective):
         return min(0.1 * 2.5 ** min(rises, 100), 50.0)
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:
-        threat = self.threat.scaled(ramped(progress, self.ramp))
+        reached = ramped(progress, self.ramp)
         # waits for the device once a batch: otherwise every batch would pay for bounds
         mixed = float(noise.uniform(x.new_empty(1), "mixtrain/batch")) < 2 * self.alpha - 1
         chosen = noise.uniform(x.new_empty(len(x)), "mixtrain/samples").argsort()[: self.samples]
@@ -61,7 +63,8 @@ class MixTrain(Objective):
             natural = self.cross_entropy(logits, y)
             if not mixed:
                 return Loss(natural, logits, {"ce": natural.detach()})
-            lower = Bounds(net, x[chosen], threat, "parallel", tighten=True).linear_margins(y[chosen])
+            bounds = bounded(net, x[chosen], self.threat, reached, self.compat, symbolic=True)
+            lower = bounds.linear_margins(y[chosen])
             bound = self.weight(progress) * self.cross_entropy(-lower, y[chosen])
             return Loss(natural + bound, logits, {"ce": natural.detach(), "bound": bound.detach()})
 

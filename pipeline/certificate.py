@@ -148,16 +148,13 @@ def _bounds_add_up(bounds: dict[str, Any]) -> None:
         sure = row["status"] == "certified"
         wrong = row["label"] != row["prediction"]
         _need(wrong == (row["status"] == "misclassified"), "a verdict contradicts prediction and label")
-        _need(sure or not row.get("fp_any_order"), "a sample holds for float32 and is not certified")
+        _need(sure or not row["firm"], "a sample holds for more kernels and is not certified")
         _need(
             not sure or (row["margin"] is not None and row["margin"] > 0), "a certified sample has no positive margin"
         )
         _need(not sure or row["method"] in bounds["methods"], "a certified sample names no bound")
-    if bounds["fp_any_order"] is not None:
-        _need(
-            bounds["fp_any_order"] == sum(row["fp_any_order"] for row in rows),
-            "its counts are not those of its samples",
-        )
+    firm = sum(row["firm"] for row in rows)
+    _need(bounds["firm"]["correct"] == firm, "its counts are not those of its samples")
     _need(levels[0]["eps"] == bounds["eps"], "its first level is not the radius that was certified")
     _need(levels[0]["proved"] == [int(row["status"] == "certified") for row in rows], "its levels are not its samples'")
     for wider, level in zip([levels[0], *levels], levels, strict=False):

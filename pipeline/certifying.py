@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 
 from rprune.attacks.pgd import PGD
 from rprune.certification.bounds import CASCADE, METHODS, Method
+from rprune.certification.compat import BATCH, hydra_box, hydra_threat
 from rprune.certification.confidence import needed_l2
-from rprune.certification.ibp import of_integers
+from rprune.certification.ibp import margins, of_integers, proved
 from rprune.certification.smoothing import DRAWS, Smoothing
 from rprune.data.loaders import Loader, loader
 from rprune.errors import UsageError
@@ -36,6 +37,7 @@ LOWER = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of eps: the certified curve
 BLOCK, CHEAP_BLOCK = 50, 250  # samples whose verdicts are kept together; an interruption loses one block at most
 CLAIMS = {
     "int-exact": "every input in the ball, for the integers of the 8-bit graph, on kernels that do not saturate",
+    "any-kernel": "every input in the ball, for integers or float32 sums in any order between the same quantisers",
     "fp-any-order": "every input in the ball, for float32 sums in any order (not TF32, bfloat16 or Winograd kernels)",
     "real": "every input in the ball, in real arithmetic; float32 rounding of the runtime is not covered",
     "statistical": "the smoothed classifier, each sample with probability 1 - alpha",
@@ -112,7 +114,7 @@ def bounded(
         for less in lower:
             sure = sure | certify_bounds(network, test, less, ("ibp",), ids=block).proved
             looser.append(sure.int())
-        rows = _rows(found, exact, torch.stack(looser, 1).tolist())
+        rows = _rows(found, torch.stack(looser, 1).tolist())
         verdicts.add("bounds", dict(zip(block.tolist(), rows, strict=True)))
     rows = verdicts.rows("bounds", ids)
     levels = [_level(threat, [int(row["status"] == "certified") for row in rows])]
@@ -125,10 +127,20 @@ def bounded(
         "falsifier": f"{FALSIFIER.label}-{FALSIFIER.steps}x{FALSIFIER.restarts}" if stage.falsify else None,
         "claim": "int-exact" if exact else "real",
         "counts": {status: sum(row["status"] == status for row in rows) for status in STATUS},
-        "fp_any_order": None if exact else sum(row["fp_any_order"] for row in rows),
+        "firm": {"claim": "any-kernel" if exact else "fp-any-order", "correct": sum(row["firm"] for row in rows)},
         "levels": levels,
         "samples": _numbered(ids, rows),
-    }
+    } | ({} if stage.compat is None else {"as_hydra": _as_hydra(network, test, threat, ids)})
+
+
+def _as_hydra(network: fx.GraphModule, test: Loader, threat: ThreatModel, ids: Tensor) -> dict[str, Any]:
+    """What HYDRA's code would count: intervals, its eps, its box."""
+    threat, correct = hydra_threat(threat), 0
+    for part in torch.split(ids, BATCH):
+        batch = test.take(part)
+        lower = margins(network, *hydra_box(batch.x.double(), threat), batch.y)
+        correct += int(proved(lower, batch.y).sum())
+    return {"eps": threat.text, "correct": correct, "n": len(ids)}
 
 
 def smoothed(
@@ -194,7 +206,7 @@ def _level(threat: ThreatModel, proved: list[int]) -> dict[str, Any]:
     return {"eps": threat.text, "correct": sum(proved), "proved": proved}
 
 
-def _rows(found: Bounded, exact: bool, lower: list[list[int]]) -> list[Row]:
+def _rows(found: Bounded, lower: list[list[int]]) -> list[Row]:
     """One for each sample; ``margin`` None where no bound is finite; ``lower``: proved at each fraction of eps."""
     columns = {
         "label": found.clean.labels.tolist(),
@@ -202,10 +214,9 @@ def _rows(found: Bounded, exact: bool, lower: list[list[int]]) -> list[Row]:
         "status": found.status,
         "method": found.method,
         "margin": [margin if math.isfinite(margin) else None for margin in found.margin.tolist()],
+        "firm": found.rounded.tolist(),
         "lower": lower,
     }
-    if not exact:
-        columns["fp_any_order"] = found.rounded.tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

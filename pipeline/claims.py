@@ -123,7 +123,7 @@ def _bounds_claim(bounds: dict[str, Any], path: Path, role: Role, exact: bool) -
             "computed_on": _basis(role),
             "verify": "checks counts and that no certified sample is broken",
             "status": bounds["counts"],
-            "float32_in_any_order": bounds["fp_any_order"],
+            "also": bounds["firm"],
         },
         sound_for=sound,
         curve=[Point(at=t.eps, correct=c, value=c / n) for t, c in zip(threats, counts, strict=True)],

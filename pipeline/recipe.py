@@ -173,6 +173,8 @@ class CertifyStage(Section):
     Bounds are tried in their order on what the ones before left; "auto" stands for all that the form has, from the
     cheapest on: integers have exact intervals alone. ``falsify``: an attack goes first, as what it breaks needs none.
 
+    ``compat`` "hydra" counts beside that what HYDRA's code would (:mod:`rprune.certification.compat`): no guarantee.
+
     ``test`` "sequential" draws up to ``n`` (None: 100,000) until l2 ``radius`` is proved or out of reach; "fixed" draws
     ``n`` (None: 10,000, as HYDRA). ``radius`` None: what covers the threat, or sigma where n draws do not reach that.
     """
@@ -181,6 +183,7 @@ class CertifyStage(Section):
     methods: tuple[Certification, ...] = ("auto", "smoothing")
     falsify: bool = True
     eps: str | float | None = None  # None: the threat's
+    compat: Literal["hydra"] | None = None
     limit: Positive | None = None
     sigma: Annotated[float, Field(gt=0)] = 0.25
     test: Literal["sequential", "fixed"] = "sequential"

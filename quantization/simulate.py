@@ -5,10 +5,13 @@ forms its integer accumulator exactly and brings it back to b bits with the floa
 kernels, in their order: rint(float32(acc) * float32(sx * sw / sy)) + zero point. Rounding passes gradients straight
 through, so the same network is what attacks differentiate. ``interval`` maps bounds of the integers to bounds of the
 integers with the same operations, which are monotone: bounds computed with it hold for the integers themselves.
+``loose`` does so for any kernel that rounds to the same grids: integers, or the graph's own float32 operations between
+its quantisers, in any order; its bounds reach further by the error of such sums, and so over a tie here and there.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +20,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
+from rprune.certification.ibp import SMALLEST, gamma
+from rprune.models.graph import GlobalAvgPool, pair
+
 LEVELS = 255  # the largest integer of 8 bits
 EXACT_FLOAT32 = 1 << 24  # every integer below is a float32
+OPERATIONS = 12  # roundings around a sum, more than any kernel has: scales, zero points, biases, a division
 
 
 class _Rounded(torch.autograd.Function):
@@ -64,6 +71,16 @@ class Scale:
     def dequantize(self, q: Tensor) -> Tensor:
         return (q - self.zero_point) * self.scale
 
+    def outward(self, low: Tensor, high: Tensor, size: Tensor, terms: int, relu: bool = False) -> tuple[Tensor, Tensor]:
+        """Integers between which a float32 sum of ``terms`` operations lies; ``size``: the sum of its magnitudes, >= 0.
+
+        ``low``, ``high`` and ``size`` are real values in float64.
+        """
+        error = gamma(terms) * size + terms * SMALLEST
+        ends = ((end / self.scale) for end in (low - error, high + error))
+        low, high = (self.integers(end, relu) for end in ends)
+        return low, high
+
 
 class QInput(nn.Module):
     """Pixels in [0,1] to integers."""
@@ -79,6 +96,9 @@ class QInput(nn.Module):
         # quantised in float32, where the network itself does it
         return self(lo.float()).to(lo.dtype), self(hi.float()).to(hi.dtype)
 
+    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        return self.out.outward(lo.double(), hi.double(), hi.double().abs(), OPERATIONS)
+
 
 class QOutput(nn.Module):
     """Integers to real logits, where the last layer does not leave them real itself."""
@@ -92,6 +112,10 @@ class QOutput(nn.Module):
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return self(lo).double(), self(hi).double()
+
+    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (self.given.dequantize(end.double()) for end in (lo, hi))
+        return low - gamma(OPERATIONS) * low.abs(), high + gamma(OPERATIONS) * high.abs()
 
 
 class QMatmul(nn.Module):
@@ -136,6 +160,22 @@ class QMatmul(nn.Module):
         low = self._product(lo, positive, bias) + self._product(hi, negative, None)
         high = self._product(hi, positive, bias) + self._product(lo, negative, None)
         return self._finish(low).double(), self._finish(high).double()
+
+    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        positive, negative = self.weight.clamp_min(0).double(), self.weight.clamp_max(0).double()
+        lo, hi, bias = lo.double() - self.given.zero_point, hi.double() - self.given.zero_point, self.bias.double()
+        step = (self.weight_scale.double() * self.given.scale).view((-1,) if self.conv is None else (-1, 1, 1))
+        low = step * (self._product(lo, positive, bias) + self._product(hi, negative, None))
+        high = step * (self._product(hi, positive, bias) + self._product(lo, negative, None))
+        size = step * self._product(torch.maximum(lo.abs(), hi.abs()), positive - negative, bias.abs())
+        if self.out is not None:
+            return self.out.outward(low, high, size, self.terms, self.relu)
+        return low - gamma(self.terms) * size, high + gamma(self.terms) * size
+
+    @property
+    def terms(self) -> int:
+        """Roundings on the way of a float32 sum."""
+        return self.weight[0].numel() + OPERATIONS
 
     def real_affine(self) -> tuple[Tensor, Tensor]:
         """Weight and bias in float64 that map the integers of the input to real logits (linear layers only)."""
@@ -184,6 +224,17 @@ class QAdd(nn.Module):
     def interval(self, alo: Tensor, ahi: Tensor, blo: Tensor, bhi: Tensor) -> tuple[Tensor, Tensor]:
         return self(alo, blo).to(alo.dtype), self(ahi, bhi).to(ahi.dtype)
 
+    def loose(self, alo: Tensor, ahi: Tensor, blo: Tensor, bhi: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (
+            [self.a.dequantize(a.double()), self.b.dequantize(b.double())] for a, b in ((alo, blo), (ahi, bhi))
+        )
+        # the fused kernel's offset holds the zero points: what they stand for counts, too
+        zeros = (
+            self.a.zero_point * self.a.scale + self.b.zero_point * self.b.scale + self.out.zero_point * self.out.scale
+        )
+        size = torch.maximum(low[0].abs(), high[0].abs()) + torch.maximum(low[1].abs(), high[1].abs()) + 2 * zeros
+        return self.out.outward(low[0] + low[1], high[0] + high[1], size, OPERATIONS, self.relu)
+
 
 class QAvgPool(nn.Module):
     """Average pooling: integer sum, then one rounding. ``kernel`` None pools the whole image to 1x1."""
@@ -211,6 +262,13 @@ class QAvgPool(nn.Module):
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return self(lo).to(lo.dtype), self(hi).to(hi.dtype)
 
+    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        pool: nn.Module = GlobalAvgPool() if self.source is None else self.source
+        low, high = (self.given.dequantize(end.double()) for end in (lo, hi))
+        size = torch.maximum(low.abs(), high.abs())
+        count = size[0, 0].numel() if self.source is None else math.prod(pair(self.source.kernel_size))
+        return self.out.outward(pool(low), pool(high), pool(size), count + OPERATIONS)
+
 
 class QAffine(nn.Module):
     """A channel-wise scale and shift, computed in float32 between two quantisers."""
@@ -232,6 +290,13 @@ class QAffine(nn.Module):
         a, b = self(lo), self(hi)
         return torch.minimum(a, b).to(lo.dtype), torch.maximum(a, b).to(hi.dtype)
 
+    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.scale.double(), self.shift.double()
+        a, b = (self.given.dequantize(end.double()) * scale for end in (lo, hi))
+        size = torch.maximum(a.abs(), b.abs()) + shift.abs()
+        low, high = torch.minimum(a, b) + shift, torch.maximum(a, b) + shift
+        return self.out.outward(low, high, size, OPERATIONS, self.relu)
+
 
 class QKeep(nn.Module):
     """A layer that acts on the integers as they are: max pooling, flattening, a ReLU that nothing took in."""
@@ -248,3 +313,6 @@ class QKeep(nn.Module):
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         return self(lo), self(hi)
+
+    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        return self.interval(lo, hi)

@@ -16,9 +16,9 @@ from rprune.attacks.noise import Keyed
 from rprune.attacks.pgd import PGD
 from rprune.certification import ibp
 from rprune.certification.bounds import METHODS, lower_margins, rounded_margins, smallest
-from rprune.certification.ibp import proved
+from rprune.certification.ibp import gamma, proved
 from rprune.certification.live import Bounds
-from rprune.certification.rounding import float_error, gamma
+from rprune.certification.rounding import float_error
 from rprune.errors import UsageError
 from rprune.models.graph import trace
 from rprune.threat import ThreatModel

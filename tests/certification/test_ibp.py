@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from rprune.certification.ibp import OUTWARD, bounds, box, certified, margins, p
 from rprune.export.qdq import qdq_model
 from rprune.export.session import OnnxClassifier
 from rprune.models.graph import Affine, trace
+from rprune.quantization.ptq import Settings, quantize, simulated
 from rprune.quantization.simulate import QAdd, QAffine, QAvgPool, QInput, QKeep, QMatmul, Scale
 from rprune.threat import ThreatModel
 
@@ -333,6 +336,42 @@ def test_eight_bit_margins_without_a_threat_are_the_real_ones(trained: Trained) 
     wanted = real_margins(torch.from_numpy(trained.session.logits(x.numpy())).double(), y)
     torch.testing.assert_close(lower, wanted, rtol=1e-5, atol=1e-4)
     assert bool((lower <= wanted).all())
+
+
+@pytest.mark.parametrize("case", ["cnn-small", "cifar-resnet18 normalised", "wrn-28-2", "vgg4", "lenet"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loose_bounds_hold_for_any_kernel(nets, tmp_path: Path, case: str, bits: int) -> None:
+    """ONNX Runtime multiplies integers, or float32 where it may not fuse; both lie within, exact bounds as well."""
+    network = trace(nets.make(case, 0.3), nets.SHAPE)
+    twin = simulated(network, quantize(network, [nets.digits(64)[0]], Settings(bits=bits)))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(qdq_model(twin, nets.SHAPE, 10).SerializeToString())
+    x, y = nets.digits(4)
+    threat = ThreatModel("linf", "0.03")
+    tight, loose = (bounds(twin, *box(x, threat), loose=flag) for flag in (False, True))
+    assert bool((loose[0] <= tight[0]).all() and (tight[1] <= loose[1]).all())
+    assert bool((margins(twin, *box(x, threat), y, loose=True) <= margins(twin, *box(x, threat), y)).all())
+    lower = margins(twin, *box(x, threat), y, loose=True)
+    for level in ("ORT_ENABLE_ALL", "ORT_DISABLE_ALL"):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        for sample in points(x, threat.eps, 20, 0):
+            logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: sample.float().numpy()})[0])
+            assert bool(((loose[0] <= logits) & (logits <= loose[1])).all())
+            assert bool((lower <= real_margins(logits.double(), y)).all())
+
+
+def test_a_tie_is_met_on_both_sides() -> None:
+    """1.5 + 1 is 2.5 steps: integers round it to 2, a sum that errs upwards to 3."""
+    scale = Scale(1.0, 0)
+    layer = QMatmul(
+        nn.Linear(2, 1), torch.tensor([[3, 2]], dtype=torch.int8), torch.tensor([0], dtype=torch.int32),
+        torch.tensor([0.5]), scale, scale, False,
+    )  # fmt: skip
+    one = torch.ones(1, 2)
+    assert [float(end) for end in layer.interval(one, one)] == [2.0, 2.0]
+    assert [float(end) for end in layer.loose(one, one)] == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])

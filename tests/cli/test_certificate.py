@@ -47,6 +47,7 @@ def test_content(folder) -> None:
     assert {"tool", "environment", "data", "config", "seed", "bounds", "smoothing", "caveats"} <= set(found)
     assert found["bounds"]["claim"] == "int-exact"
     assert found["bounds"]["methods"] == ["ibp"]
+    assert found["bounds"]["firm"]["claim"] == "any-kernel"
     assert sum(found["bounds"]["counts"].values()) == found["bounds"]["n"] == len(found["bounds"]["samples"])
     assert found["smoothing"]["test"] == "sequential"
     assert any("8-bit graph" in line for line in found["caveats"])
@@ -150,6 +151,12 @@ def whole(chain, call, tmp_path_factory):
     return folder
 
 
+def test_most_of_what_integers_prove_any_kernel_has(whole) -> None:
+    bounds = content(whole / "whole.json")["bounds"]
+    assert 0 < bounds["firm"]["correct"] <= bounds["counts"]["certified"]
+    assert all(row["status"] == "certified" for row in bounds["samples"] if row["firm"])
+
+
 def test_shards_merge_to_the_whole(whole, call) -> None:
     parts = [FILE.replace(".cert", f".{i}of3.cert") for i in (1, 2, 3)]
     for i, part in enumerate(parts, 1):
@@ -215,6 +222,18 @@ def test_what_is_merged_is_of_the_same_kind(whole, call, tmp_path, change, code,
     assert words in said.refused(code)
 
 
+def test_what_hydra_would_count(whole, call) -> None:
+    said = call(
+        "certify", MODEL, "-m", "ibp", "--eps", "2/255", "-n", 40, "--compat", "hydra", "-o", "h.json", cwd=whole
+    )
+    assert said.code == 0, said.err
+    found = json.loads((whole / "h.json").read_text())["bounds"]
+    assert found["as_hydra"]["eps"] == "0.007"
+    assert found["counts"]["certified"] <= found["as_hydra"]["correct"] <= found["as_hydra"]["n"] == 40
+    assert f"HYDRA's code would count {found['as_hydra']['correct']}/40" in said.err
+    assert "no guarantee" in said.err
+
+
 def test_a_moved_model_is_missed(folder, call) -> None:
     (folder / MODEL).rename(folder / "moved.pt")
     said = call("certify", "--check", FILE, "-q", cwd=folder)
@@ -231,7 +250,8 @@ def test_floats_have_the_whole_cascade(chain, call, tmp_path) -> None:
     found = json.loads((tmp_path / "model-lwm-0.5-finetuned.certificates.json").read_text())["bounds"]
     assert found["methods"] == ["ibp", "crown-ibp", "crown", "alpha-crown"]
     assert {row["method"] for row in found["samples"]} & {"crown-ibp", "crown", "alpha-crown"}
-    assert found["fp_any_order"] == found["counts"]["certified"] > 0
+    assert found["firm"] == {"claim": "fp-any-order", "correct": found["counts"]["certified"]}
+    assert found["counts"]["certified"] > 0
     assert call("certify", "--check", "model-lwm-0.5-finetuned.certificates.json", "-q", cwd=tmp_path).code == 0
 
 

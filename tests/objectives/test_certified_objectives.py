@@ -9,6 +9,7 @@ from torch import nn
 from rprune.attacks.base import cross_entropy
 from rprune.attacks.noise import Stream
 from rprune.certification import ibp
+from rprune.certification.compat import hydra_box, hydra_threat
 from rprune.certification.live import Bounds
 from rprune.models.graph import trace
 from rprune.objectives.base import OBJECTIVES
@@ -160,6 +161,31 @@ def test_share_of_mixed_batches_is_alpha(tiny):
     objective = MixTrain(threat=LINF, samples=1)
     mixed = sum("bound" in compute().parts for _ in range(150) for compute in objective(net, x, y, 0.5, noise))
     assert 105 <= mixed <= 135
+
+
+def test_as_hydra_has_its_eps_and_boxes():
+    """eps 0.007 for 2/255 alone; ends at the range of the batch, or of each image."""
+    assert hydra_threat(ThreatModel.of("linf", "2/255")) == ThreatModel.of("linf", "0.007")
+    assert hydra_threat(LINF) is LINF
+    x = 0.25 + 0.5 * torch.rand(3, 3, 8, 8)
+    x[0] *= 0.5
+    for each in (False, True):
+        lo, hi = hydra_box(x, LINF, each)
+        for image, low, high in zip(x, lo, hi, strict=True):
+            seen = image if each else x
+            assert torch.equal(low, (image - LINF.eps).clamp(float(seen.min()), None))
+            assert torch.equal(high, (image + LINF.eps).clamp(None, float(seen.max())))
+
+
+@pytest.mark.parametrize("make", [CROWNIBP, MixTrain])
+def test_hydras_box_is_smaller(make):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    x, y = 0.4 + 0.2 * torch.rand(4, 3, 8, 8), torch.arange(4)
+    options = {"alpha": 1.0, "samples": 4} if make is MixTrain else {}
+    threat = ThreatModel.of("linf", "2/255")
+    ours, theirs = (loss_of(make(threat=threat, compat=c, **options), net, x, y, 0.9).value for c in (None, "hydra"))
+    assert float(theirs.detach()) < float(ours.detach())
 
 
 def test_max_pooling_is_bounded_by_every_objective():
