@@ -29,6 +29,10 @@ NETS = {
 EPS = {"plain": "0.01", "PGD-AT": "0.05", "CROWN-IBP": "0.05"}
 TRAINED_FOR = "0.05"
 NOISE = {"objective": {"name": "gaussian", "sigma": 0.25}, "epochs": 60, "lr": 0.05, "select": "last"}
+TESTS: dict[str, dict[str, Any]] = {
+    "fixed": {"test": "fixed", "n": 10_000}, "sequential": {"n": 10_000}, "sequential, up to 30,000": {"n": 30_000},
+    "sequential, up to 100,000": {"n": 100_000},
+}  # fmt: skip
 RADII = (0.25, 0.4, 0.6)
 LARGE = (3, 32, 32)
 LARGE_IMAGES = {"ibp": 20, "crown-ibp": 10, "deepz": 2, "crown": 2, "alpha-crown": 2}
@@ -146,10 +150,8 @@ def smoothing(work: Path, limit: int | None) -> list[dict[str, Any]]:
     rows = []
     for radius in RADII:
         row: dict[str, Any] = {"radius": radius}
-        for name, settings in {
-            "fixed": Smoothing(test="fixed", n=10_000), "sequential": Smoothing(n=10_000),
-            "sequential, up to 30,000": Smoothing(n=30_000), "sequential, up to 100,000": Smoothing(),
-        }.items():  # fmt: skip
+        for name, chosen in TESTS.items():
+            settings = Smoothing(**chosen)
             started = time.process_time()
             data = loader(bench.data.test, torch.device("cpu"))
             found = certify_smoothing(classes_of(net), data, 10, settings, target=radius, limit=limit)
@@ -174,7 +176,7 @@ def table(result: dict[str, Any]) -> str:
     cells = ["CNN-large, 3x32x32", "", ""]
     cells += [milliseconds(result["large"][name]) if name in result["large"] else "" for name in METHOD_NAMES]
     lines.append("| " + " | ".join(cells) + " |")
-    names = [name for name in result["smoothing"][0] if name != "radius"]
+    names = list(TESTS)
     lines += ["", "| l2 radius | " + " | ".join(f"{name}: certified | draws | ms" for name in names) + " |"]
     lines.append("|---" * (1 + 3 * len(names)) + "|")
     for row in result["smoothing"]:

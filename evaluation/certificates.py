@@ -175,12 +175,14 @@ def certify_smoothing(
     found = SmoothedSet([], [])
     for part in torch.split(ids, BATCH):
         batch = data.take(part)
+
+        def working(done: int, size: int = len(part)) -> None:
+            if done < size:  # the end of a batch is told once its labels count
+                on_progress(len(found.labels) + done, found.correct_at(target or 0.0), total)
+
         found.verdicts.extend(
-            smoothing.certify(
-                predict, batch.x, batch.ids.tolist(), classes, seed, target,
-                on_done=lambda done: on_progress(len(found.labels) + done, found.correct_at(target or 0.0), total),
-            )
-        )  # fmt: skip
+            smoothing.certify(predict, batch.x, batch.ids.tolist(), classes, seed, target, on_done=working)
+        )
         found.labels.extend(batch.y.tolist())
         on_progress(len(found.labels), found.correct_at(target or 0.0), total)
     return found

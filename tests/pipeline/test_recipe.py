@@ -60,13 +60,20 @@ def test_defaults_are_those_of_the_papers(read):
     assert (FinetuneStage().epochs, FinetuneStage().lr) == (100, 0.01)
 
 
-def test_shipped_recipe_reads():
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("digits", ["train", "prune", "finetune", "quantize", "certify", "export"]),
+        ("hidden", ["train", "prune", "certify", "export"]),
+    ],
+)
+def test_shipped_recipes_read(name, kinds):
     from pathlib import Path
 
     import rprune
 
-    recipe = read_recipe(Path(rprune.__file__).parent / "recipes" / "digits.toml")
-    assert [stage.kind for stage in recipe.stage] == ["train", "prune", "finetune", "quantize", "certify", "export"]
+    recipe = read_recipe(Path(rprune.__file__).parent / "recipes" / f"{name}.toml")
+    assert (recipe.name, [stage.kind for stage in recipe.stage]) == (name, kinds)
 
 
 def test_override_of_a_number_a_text_and_a_nested_option(read):
