@@ -43,7 +43,7 @@ def _error(module: nn.Module, inputs: tuple[tuple[Tensor, Tensor, Tensor], ...])
         same: Tensor = module(error)  # the largest error of a window bounds that of its maximum
         return same
     if isinstance(module, nn.LeakyReLU):
-        return error + UNIT * module.negative_slope * size + SMALLEST
+        return error + gamma(2) * module.negative_slope * size + SMALLEST  # the slope is rounded, and the product
     if isinstance(module, Add):
         return error + inputs[1][2] + UNIT * (sizes[0] + sizes[1]) + SMALLEST
     if isinstance(module, Affine):

@@ -155,8 +155,10 @@ def _changes_input(network: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = layer(network, node)
         return isinstance(module, INPLACE) and bool(module.inplace)
+    places: dict[Any, int] = {F.relu: 1, F.relu6: 1, F.leaky_relu: 2, F.hardtanh: 3}  # of the argument
+    place = places.get(node.target)
     return node.target in ("relu_", torch.relu_) or (
-        node.target is F.relu and bool(_argument(node, 1, "inplace", False))
+        place is not None and bool(_argument(node, place, "inplace", False))
     )
 
 
@@ -164,6 +166,8 @@ def _rewrite_real(network: fx.GraphModule) -> None:
     for node in list(network.graph.nodes):
         if node.op == "call_module" and isinstance(module := layer(network, node), nn.Hardtanh):  # ReLU6, too
             _replace(network, node, clipped(module.min_val, module.max_val))
+        elif node.target is F.hardtanh:
+            _replace(network, node, clipped(_argument(node, 1, "min_val", -1.0), _argument(node, 2, "max_val", 1.0)))
         elif node.target is F.relu6:
             _replace(network, node, clipped(0, 6))
         elif node.target is F.leaky_relu:

@@ -11,22 +11,23 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import rprune
 from rprune.certification.confidence import recounted
-from rprune.certification.smoothing import Smoothing
+from rprune.certification.ibp import of_integers
+from rprune.certification.smoothing import DRAWS, Smoothing
 from rprune.data.loaders import Batch, loader
 from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.accuracy import classes_of
 from rprune.evaluation.certificates import STATUS, cascade, exactly
-from rprune.evaluation.robustness import robustness
+from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
 from rprune.files import file_digest, read_json, seal_of
 from rprune.pipeline.bench import Bench, Reporter
-from rprune.pipeline.certifying import CLAIMS, FALSIFIER, Certificates, certified_network
+from rprune.pipeline.certifying import CLAIMS, CLAIMS_OF, FALSIFIER, LOWER, Certificates, certified_network, form_of
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.shipped import SHIPPED, graph_of, open_target
 from rprune.pipeline.single import Request, open_model
@@ -37,6 +38,7 @@ HINT = "do not trust this certificate; issue a new one: rprune certify"
 CLOSE = 1e-6  # of margins that another CPU computes, relative
 DRIFT = 1 / 500  # of draws whose class float rounding may change elsewhere
 Outcome = tuple[str, str]
+Sample = TypeVar("Sample", int, tuple[int, str])
 
 
 def sealed(found: Certificates, model: Path | None, bench: Bench) -> dict[str, Any]:
@@ -104,20 +106,24 @@ def _checks(path: Path, found: dict[str, Any], request: Request, reporter: Repor
     request = replace(
         request, data=request.data or found["data"]["source"], seed=found["seed"], norm=threat.norm, eps=threat.text
     )
-    network, net, bench = _opened(model, request, reporter, "bounds" in found)
+    network, net, form, bench = _opened(model, request, reporter, "bounds" in found)
     _need(
         bench.data.test.digest == found["data"]["sha256"], f"the data of {bench.data.source} are not those certified on"
     )
     yield "data", f"the test split of {bench.data.source} has the images and labels that were certified"
-    chosen = random.Random(found["digest"])
+    _need(found["form"] == form, f"it speaks of the form {found['form']}, the model is {form}")
+    _need(found["caveats"] == _caveats(found), "its caveats are not those of its claims")
+    _settings_agree(found, threat, bench)
+    yield "settings", "radii, samples and settings are those that it was made with"
+    dice = random.SystemRandom()  # not to be foreseen by who issues
     if bounds := found.get("bounds"):
         _bounds_add_up(bounds)
         yield "bounds", f"verdicts of {bounds['n']} samples add up"
-        yield "bounds again", _bounds_again(bounds, network, bench, chosen, samples)
+        yield "bounds again", _bounds_again(bounds, network, bench, dice, samples)
     if smoothing := found.get("smoothing"):
         _radii(smoothing)
         yield "radii", f"{len(smoothing['samples'])} radii follow from their counts"
-        yield "noise again", _noise_again(smoothing, net, bench, chosen, samples)
+        yield "noise again", _noise_again(smoothing, net, bench, dice, samples)
 
 
 def _need(condition: bool, message: str) -> None:
@@ -125,14 +131,35 @@ def _need(condition: bool, message: str) -> None:
         raise IntegrityError(message, HINT)
 
 
-def _opened(model: Path, request: Request, reporter: Reporter, bounds: bool) -> tuple[Any, Any, Bench]:
-    """What bounds, where there are some, and noise are computed with."""
+def _settings_agree(found: dict[str, Any], threat: ThreatModel, bench: Bench) -> None:
+    """What stands twice is the same: nothing is claimed at other settings, or of chosen samples alone."""
+    config = found["config"]
+    index, count = (int(number) for number in found.get("shard", "1/1").split("/"))
+    for section, limit in (("bounds", "limit"), ("smoothing", "smoothing_limit")):
+        if section in found:
+            ids = chosen(len(bench.data.test), config[limit], (index - 1, count)).tolist()
+            same = [row["index"] for row in found[section]["samples"]] == ids
+            _need(same, f"its samples of {section} are not in order, each once, and all of its part")
+    if bounds := found.get("bounds"):
+        at = threat if config["eps"] is None else ThreatModel.of(threat.norm, config["eps"])
+        levels = [at.text, *(at.scaled(factor).text for factor in LOWER)]
+        same = (bounds["norm"], bounds["eps"]) == (at.norm, at.text)
+        _need(same and [level["eps"] for level in bounds["levels"]] == levels, "its bounds are at other radii")
+    if smoothing := found.get("smoothing"):
+        used = {name: smoothing[name] for name in ("sigma", "test", "noise", "n0", "n", "alpha")}
+        wanted = {name: config[name] for name in used} | {"n": config["n"] or DRAWS[config["test"]]}
+        slack = Smoothing(**used).slack(math.prod(bench.data.shape))
+        _need(used == wanted and smoothing["slack"] == slack, "its smoothing has other settings")
+
+
+def _opened(model: Path, request: Request, reporter: Reporter, bounds: bool) -> tuple[Any, Any, str, Bench]:
+    """What bounds, where there are some, and noise are computed with; the form of the model."""
     if model.suffix in SHIPPED:
         opened = open_target(model, request, reporter)
-        return (graph_of(opened) if bounds else None), opened.target.artifact, opened.bench
+        return (graph_of(opened) if bounds else None), opened.target.artifact, opened.role, opened.bench
     bench, artifact = open_model(model, request, reporter)
     network = certified_network(artifact, bench)
-    return network, network, bench
+    return network, network, form_of(artifact), bench
 
 
 def _batch(bench: Bench, ids: list[int]) -> Batch:
@@ -143,7 +170,6 @@ def _bounds_add_up(bounds: dict[str, Any]) -> None:
     rows, levels = bounds["samples"], bounds["levels"]
     counted = {status: sum(row["status"] == status for row in rows) for status in STATUS}
     _need(len(rows) == bounds["n"] and counted == bounds["counts"], "its counts are not those of its samples")
-    _ordered(rows)
     for row in rows:
         sure = row["status"] == "certified"
         wrong = row["label"] != row["prediction"]
@@ -166,19 +192,26 @@ def _bounds_add_up(bounds: dict[str, Any]) -> None:
         )
 
 
-def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, chosen: random.Random, samples: int) -> str:
+def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, dice: random.Random, samples: int) -> str:
     """Certified samples are proved again, by what proved them, and stand the attack; falsified ones fall to it."""
     threat, rows = ThreatModel.of(bounds["norm"], bounds["eps"]), bounds["samples"]
     exact = exactly(network)
+    claims = CLAIMS_OF[of_integers(network)]
+    _need((bounds["claim"], bounds["firm"]["claim"]) == claims, "it makes the claims of another kind of model")
     rows_by_id = {row["index"]: row for row in rows}
-    proved = _some([row["index"] for row in rows if row["status"] == "certified"], chosen, samples)
+    proved = _some([row["index"] for row in rows if row["status"] == "certified"], dice, samples)
     for i in proved:
         batch, row = _batch(bench, [i]), rows_by_id[i]
         _need(row["label"] == int(batch.y), f"sample {i} has label {int(batch.y)}, not {row['label']}")
-        (by,), margin, _ = cascade(exact, batch.x, batch.y, threat, (row["method"],), torch.tensor([True]))
+        (by,), margin, firm = cascade(exact, batch.x, batch.y, threat, (row["method"],), torch.tensor([True]))
         same = by and math.isclose(float(margin), row["margin"], rel_tol=CLOSE, abs_tol=CLOSE)
         _need(bool(same), f"sample {i} is certified by {row['method']} with margin {row['margin']}, not so here")
-    broken = _some([row["index"] for row in rows if row["status"] == "falsified"], chosen, samples)
+        _need(not row["firm"] or bool(firm), f"sample {i} is said to hold for more kernels; not so here")
+    for i, level in _some(_lower_proofs(bounds), dice, samples):
+        less, batch = ThreatModel.of(bounds["norm"], level), _batch(bench, [i])
+        (by,), *_ = cascade(exact, batch.x, batch.y, less, ("ibp",), torch.tensor([True]))
+        _need(bool(by), f"sample {i} is said to be proved at {level}; not so here")
+    broken = _some([row["index"] for row in rows if row["status"] == "falsified"], dice, samples)
     if both := sorted(proved + broken):
         test = loader(bench.data.test, torch.device("cpu"))
         found = robustness(
@@ -190,24 +223,28 @@ def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, chosen: ra
     return f"{len(proved)} certified samples proved and attacked again, {len(broken)} falsified ones broken"
 
 
+def _lower_proofs(bounds: dict[str, Any]) -> list[tuple[int, str]]:
+    """Samples that intervals prove below eps alone, each at the largest of these levels."""
+    found: dict[int, str] = {}
+    for place, row in enumerate(bounds["samples"]):
+        for level in reversed(bounds["levels"][1:]):
+            if level["proved"][place] and row["status"] != "certified":
+                found[row["index"]] = level["eps"]
+    return sorted(found.items())
+
+
 def _radii(smoothing: dict[str, Any]) -> None:
     settings = {name: smoothing[name] for name in ("n", "alpha", "sigma", "test", "slack")}
-    _ordered(smoothing["samples"])
     for row in smoothing["samples"]:
         _, right = recounted(row, **settings)
         _need(right, f"the radius of sample {row['index']} does not follow from its counts")
 
 
-def _ordered(rows: list[dict[str, Any]]) -> None:
-    ids = [row["index"] for row in rows]
-    _need(ids == sorted(set(ids)), "its samples are not in order, each once")
-
-
-def _noise_again(smoothing: dict[str, Any], net: Any, bench: Bench, chosen: random.Random, samples: int) -> str:
+def _noise_again(smoothing: dict[str, Any], net: Any, bench: Bench, dice: random.Random, samples: int) -> str:
     rows = {row["index"]: row for row in smoothing["samples"]}
     names = ("sigma", "test", "noise", "n0", "n", "alpha")
     again = Smoothing(**{name: smoothing[name] for name in names})
-    ids = _some(list(rows), chosen, samples)
+    ids = _some(list(rows), dice, samples)
     if not ids:
         return "no samples drawn again"
     batch = _batch(bench, ids)
@@ -222,5 +259,5 @@ def _noise_again(smoothing: dict[str, Any], net: Any, bench: Bench, chosen: rand
     return f"{len(ids)} samples drawn again"
 
 
-def _some(ids: list[int], chosen: random.Random, count: int) -> list[int]:
-    return sorted(chosen.sample(ids, min(count, len(ids))))
+def _some(ids: list[Sample], dice: random.Random, count: int) -> list[Sample]:
+    return sorted(dice.sample(ids, min(count, len(ids))))

@@ -43,6 +43,8 @@ CLAIMS = {
     "statistical": "the smoothed classifier, each sample with probability 1 - alpha",
 }
 
+CLAIMS_OF = {True: ("int-exact", "any-kernel"), False: ("real", "fp-any-order")}  # of integers, of floats
+
 Certificates = dict[str, Any]
 """JSON-able outcome of a certify stage: ``artifact`` (tensors digest), ``bounds`` and ``smoothing`` by sample."""
 
@@ -52,10 +54,13 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage, part: Part | No
 
     Raises UsageError for bounds that the form does not have.
     """
-    form = "onnx-int8" if source.quantization else "onnx"
     network = certified_network(source, bench)
     found = certificates(bench, network, network, stage, source.digest, part or Part())
-    return {"artifact": source.digest, "form": form} | found
+    return {"artifact": source.digest, "form": form_of(source)} | found
+
+
+def form_of(source: Artifact) -> str:
+    return "onnx-int8" if source.quantization else "onnx"
 
 
 def certificates(
@@ -119,15 +124,16 @@ def bounded(
     rows = verdicts.rows("bounds", ids)
     levels = [_level(threat, [int(row["status"] == "certified") for row in rows])]
     levels += [_level(less, [row["lower"][place] for row in rows]) for place, less in enumerate(lower)]
+    claim, firm = CLAIMS_OF[exact]
     return {
         "norm": threat.norm,
         "eps": threat.text,
         "n": len(rows),
         "methods": list(methods),
         "falsifier": f"{FALSIFIER.label}-{FALSIFIER.steps}x{FALSIFIER.restarts}" if stage.falsify else None,
-        "claim": "int-exact" if exact else "real",
+        "claim": claim,
         "counts": {status: sum(row["status"] == status for row in rows) for status in STATUS},
-        "firm": {"claim": "any-kernel" if exact else "fp-any-order", "correct": sum(row["firm"] for row in rows)},
+        "firm": {"claim": firm, "correct": sum(row["firm"] for row in rows)},
         "levels": levels,
         "samples": _numbered(ids, rows),
     } | ({} if stage.compat is None else {"as_hydra": _as_hydra(network, test, threat, ids)})

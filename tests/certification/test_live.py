@@ -509,6 +509,24 @@ def test_bounds_hold_through_max_pooling(pool: str, kind: str, threat: ThreatMod
         assert bool((found >= lower("interval", net, x, y, threat) - 0.05).all())
 
 
+@pytest.mark.parametrize(
+    "clip",
+    [lambda x: F.leaky_relu(x, 0.1, inplace=True), lambda x: F.relu6(x, inplace=True), nn.Hardtanh(inplace=True)],
+)
+def test_what_changes_a_value_that_is_read_again_is_refused(clip) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.clip, self.fc = nn.Conv2d(2, 2, 1), clip, nn.Linear(72, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.fc((self.clip(x) + x).flatten(1))
+
+    with pytest.raises(InputError, match="in-place"):
+        Bounds(Twice(), batch()[0].float(), LINF)
+
+
 def test_batch_norm_without_statistics_is_refused() -> None:
     net = nn.Sequential(
         nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), nn.Linear(32, 4)

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from rprune.files import digest_of
 
@@ -61,7 +62,7 @@ def test_an_untouched_certificate_holds(folder, call) -> None:
     table = call("certify", "--check", FILE, "--samples", 0, "--json", cwd=folder)
     assert table.json["holds"] is True
     names = [row["name"] for row in table.json["checks"]]
-    assert names == ["digest", "model", "data", "bounds", "bounds again", "radii", "noise again"]
+    assert names == ["digest", "model", "data", "settings", "bounds", "bounds again", "radii", "noise again"]
 
 
 def more_certified(found):
@@ -76,6 +77,12 @@ def more_certified(found):
         level["proved"][place] = 1
 
 
+def all_proved(levels) -> None:
+    for level in levels:
+        level["proved"] = [1] * len(level["proved"])
+        level["correct"] = len(level["proved"])
+
+
 TAMPERED = {
     "a byte": (lambda found: found.update(seed=1), False, "its digest differs"),
     "counts of bounds": (lambda f: f["bounds"]["counts"].update(certified=999), True, "not those of its samples"),
@@ -87,6 +94,14 @@ TAMPERED = {
     "a file elsewhere": (lambda f: f["file"].update(name="../" + MODEL), True, "names a file elsewhere"),
     "no sense": (lambda f: f.pop("bounds") and f.update(bounds={"n": 3}), True, "makes no sense"),
     "a sample that is not": (more_certified, True, "is certified by ibp"),
+    "smaller radii all proved": (lambda f: all_proved(f["bounds"]["levels"][1:]), True, "is said to be proved at"),
+    "another radius": (lambda f: f["bounds"]["levels"][1].update(eps="0.5"), True, "at other radii"),
+    "a claim of floats": (lambda f: f["bounds"].update(claim="real"), True, "caveats"),
+    "no caveats": (lambda f: f.update(caveats=[]), True, "caveats"),
+    "another form": (lambda f: f.update(form="onnx"), True, "form"),
+    "slack": (lambda f: f["smoothing"].update(slack=-0.4), True, "other settings"),
+    "another alpha": (lambda f: f["config"].update(alpha=1e-9), True, "other settings"),
+    "chosen samples": (lambda f: f["smoothing"]["samples"].pop(), True, "all of its part"),
     "a sample twice": (lambda f: f["bounds"]["samples"][1].update(index=0), True, "each once"),
     "another label": (lambda f: f["bounds"]["samples"][0].update(label=11), True, "contradicts"),
 }
@@ -155,6 +170,16 @@ def test_most_of_what_integers_prove_any_kernel_has(whole) -> None:
     bounds = content(whole / "whole.json")["bounds"]
     assert 0 < bounds["firm"]["correct"] <= bounds["counts"]["certified"]
     assert all(row["status"] == "certified" for row in bounds["samples"] if row["firm"])
+
+
+def test_a_sample_that_not_every_kernel_proves_is_found(chain, call, tmp_path, monkeypatch) -> None:
+    """More is claimed than bounds for any kernel give."""
+    from rprune.evaluation import certificates
+
+    shutil.copy(chain / MODEL, tmp_path / MODEL)
+    assert call("certify", MODEL, *OPTIONS, "-o", FILE, cwd=tmp_path).code == 0
+    monkeypatch.setattr(certificates, "rounded_margins", lambda *arguments: arguments[-1] - torch.inf)
+    assert "hold for more kernels" in refusal(call("certify", "--check", FILE, "-q", cwd=tmp_path))
 
 
 def test_shards_merge_to_the_whole(whole, call) -> None:
