@@ -151,11 +151,11 @@ def certify(
             f"At eps {bounds['eps']}: " + ", ".join(f"{count} {name}" for name, count in bounds["counts"].items()) + "."
         )
         note(f"Certified for {CLAIMS[bounds['claim']]}.")
+        note(f"Of these {bounds['firm']['correct']} also for {CLAIMS[bounds['firm']['claim']]}.")
         if "as_hydra" in bounds:
             counted = bounds["as_hydra"]
             said = f"HYDRA's code would count {counted['correct']}/{counted['n']} by intervals"
             note(f"{said}: eps {counted['eps']}, and a box within the range of each batch. That is no guarantee.")
-        note(f"Of these {bounds['firm']['correct']} also for {CLAIMS[bounds['firm']['claim']]}.")
     if vnnlib is not None and not quiet:
         note(f"{vnnlib}: properties of {written} samples and the float network, which is what verifiers would check.")
     if not quiet and not shipped:
