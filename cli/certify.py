@@ -113,7 +113,7 @@ def certify(
     )  # fmt: skip
     stage = validated(CertifyStage, o.with_settings(table, settings), "options")
     output = output or certificates_beside(model, o.shard(shard))
-    part = Part(o.shard(shard), output.with_suffix(".jsonl"), resume, tuple(merge or ()))
+    part = Part(o.shard(shard), output.with_name(f"{output.name}.verdicts.jsonl"), resume, tuple(merge or ()))
     with ProgressLines(quiet or as_json) as reporter:
         request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
         refuse_overwrite(output, force)

@@ -58,6 +58,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten, GlobalAvgPool, Add, Affine,
 )  # fmt: skip
 REAL = (nn.LeakyReLU,)  # known to bounds, and not to integers
+WIDEST = 1000  # ends of clips
 INPLACE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 DROPPED = (nn.Dropout, nn.Dropout2d, nn.Identity)
@@ -176,6 +177,11 @@ def _rewrite_real(network: fx.GraphModule) -> None:
 
 def clipped(low: float, high: float) -> nn.Sequential:
     """Clipping to [low, high] as two ReLUs: high - relu(high - low - relu(x - low))."""
+
+    if max(abs(low), abs(high)) > WIDEST:
+        raise InputError(
+            f"it clips to [{low:g}, {high:g}]", f"ends beyond {WIDEST} would swallow the value in rounding"
+        )
 
     def affine(scale: float, shift: float) -> Affine:
         return Affine(*(torch.tensor(number, dtype=torch.float64) for number in (scale, shift)))

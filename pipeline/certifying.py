@@ -110,7 +110,7 @@ def bounded(
     test, exact = loader(bench.data.test, torch.device("cpu")), of_integers(network)
     lower = [threat.scaled(factor) for factor in LOWER]
     left = torch.tensor(verdicts.missing("bounds", ids), dtype=torch.int64)
-    for block in torch.split(left, CHEAP_BLOCK if methods == ("ibp",) else BLOCK):
+    for block in _blocks(left, CHEAP_BLOCK if methods == ("ibp",) else BLOCK):
         report = _counting(bench, threat, verdicts.rows("bounds", ids), len(ids))
         report({})
         broken = _falsified(bench, network, test, threat, stage, block)
@@ -160,7 +160,7 @@ def smoothed(
     target = stage.radius or (needed if needed < smoothing.reach(dimensions) else stage.sigma)
     test, predict = loader(bench.data.test, torch.device("cpu")), classes_of(net)
     left = torch.tensor(verdicts.missing("smoothing", ids), dtype=torch.int64)
-    for block in torch.split(left, BLOCK):
+    for block in _blocks(left, BLOCK):
         known = SmoothedSet.from_rows(verdicts.rows("smoothing", ids))
 
         def report(done: int, right: int, _: int, known: SmoothedSet = known) -> None:
@@ -173,6 +173,10 @@ def smoothed(
         verdicts.add("smoothing", dict(zip(block.tolist(), found.rows(), strict=True)))
     rows = _numbered(ids, verdicts.rows("smoothing", ids))
     return settings | {"radius": target, "slack": smoothing.slack(dimensions), "samples": rows}
+
+
+def _blocks(ids: Tensor, size: int) -> Sequence[Tensor]:
+    return torch.split(ids, size) if len(ids) else ()  # torch splits nothing into one empty part
 
 
 def _bounds_of(stage: CertifyStage, integers: bool) -> tuple[Method, ...]:

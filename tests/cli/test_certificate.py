@@ -190,6 +190,10 @@ def test_shards_merge_to_the_whole(whole, call) -> None:
         assert found["shard"] == f"{i}/3"
         assert [row["index"] for row in found["bounds"]["samples"]] == list(range(i - 1, 13, 3))
         assert call("certify", "--check", part, "-q", cwd=whole).code == 0
+    every = [word for part in parts for word in ("--merge", part)]
+    assert call("certify", MODEL, *OPTIONS, *every, "-o", "merged.json", cwd=whole).code == 0
+    assert content(whole / "merged.json") == content(whole / "whole.json")
+    (whole / "merged.json").unlink()
     merge = [word for part in parts[:2] for word in ("--merge", part)]
     assert call("certify", MODEL, *OPTIONS, *merge, "-o", "merged.json", cwd=whole).code == 0
     assert content(whole / "merged.json") == content(whole / "whole.json")
@@ -218,13 +222,13 @@ def test_an_interrupted_run_goes_on(whole, call, monkeypatch) -> None:
     monkeypatch.setattr(certifying, "certify_bounds", counted)
     assert call("certify", MODEL, *OPTIONS, "-o", "broken.json", cwd=whole).code == 130
     assert not (whole / "broken.json").exists()
-    with (whole / "broken.jsonl").open("a") as file:
+    with (whole / "broken.json.verdicts.jsonl").open("a") as file:
         file.write('{"section": "bou')
     assert call("certify", MODEL, *OPTIONS, "--alpha", 0.01, "-o", "broken.json", cwd=whole).code == 2
     assert call("certify", MODEL, *OPTIONS, "-o", "broken.json", cwd=whole).code == 0
     assert asked == [*range(8), *range(4, 13)]
     assert content(whole / "broken.json") == content(whole / "whole.json")
-    assert not (whole / "broken.jsonl").exists()
+    assert not (whole / "broken.json.verdicts.jsonl").exists()
 
 
 @pytest.mark.parametrize(
