@@ -75,20 +75,21 @@ def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path 
     stage = stage.model_copy(update={"epochs": stage.epochs or EPOCHS, "lr": stage.lr or LR})
     base = flattened(source)
     network = trace(base.model(), bench.data.shape)
-    start = ptq.quantize(network, _calibration(bench, stage), _settings(stage, source))
+    settings = _settings(stage, source)
+    start = ptq.quantize(network, _calibration(bench, stage), settings)
     calibrated = simulated(network, start)
     ptq.take_biases(network, start)
     model = fake_quantized(network, start).to(bench.device)
     masks = {name: mask.to(bench.device) for name, mask in base.masks.items()}
     scales = {f"{name}.weight": scale for name, scale in start.weight_scales.items()}
-    pruner = QuantizationAware(model, masks, scales, inputs(network, model), stage.bits, stage.portable, sparse(source))
+    pruner = QuantizationAware(model, masks, scales, inputs(network, model), stage.bits, stage.portable, settings.keep)
     assert stage.epochs is not None
     fit = _fit(bench, "quantize", model, pruner, objective, stage, stage.epochs, state_file)
     state = model.state_dict() | pruner.weights()
     state = {name: state[name].detach().cpu().clone() for name in base.state}
     network.load_state_dict(state)
     final = {name.removesuffix(".weight"): scale.cpu() for name, scale in pruner.scales().items()}
-    found = trained(network, model, final, stage.bits, sparse(source))
+    found = trained(network, model, final, stage.bits, settings.keep)
     if _score(bench, calibrated, objective) > _score(bench, simulated(network, found), objective):
         # training has not helped: what calibration gave is what stays
         network, state, found = trace(base.model(), bench.data.shape), base.state, start

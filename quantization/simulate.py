@@ -155,22 +155,25 @@ class QMatmul(nn.Module):
 
     def interval(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of the output integers, or of the real logits when ``out`` is None."""
+        low, high = self._accumulators(lo, hi)
+        return self._finish(low).double(), self._finish(high).double()
+
+    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        step = (self.weight_scale.double() * self.given.scale).view((-1,) if self.conv is None else (-1, 1, 1))
+        low, high = (step * end for end in self._accumulators(lo, hi))
+        largest = torch.maximum(*((end.double() - self.given.zero_point).abs() for end in (lo, hi)))
+        size = step * self._product(largest, self.weight.abs().double(), self.bias.abs().double())
+        if self.out is not None:
+            return self.out.outward(low, high, size, self.terms, self.relu)
+        return low - gamma(self.terms) * size, high + gamma(self.terms) * size
+
+    def _accumulators(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact bounds of the sums of products, bias included."""
         positive, negative = self.weight.clamp_min(0).double(), self.weight.clamp_max(0).double()
         lo, hi, bias = lo.double() - self.given.zero_point, hi.double() - self.given.zero_point, self.bias.double()
         low = self._product(lo, positive, bias) + self._product(hi, negative, None)
         high = self._product(hi, positive, bias) + self._product(lo, negative, None)
-        return self._finish(low).double(), self._finish(high).double()
-
-    def loose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        positive, negative = self.weight.clamp_min(0).double(), self.weight.clamp_max(0).double()
-        lo, hi, bias = lo.double() - self.given.zero_point, hi.double() - self.given.zero_point, self.bias.double()
-        step = (self.weight_scale.double() * self.given.scale).view((-1,) if self.conv is None else (-1, 1, 1))
-        low = step * (self._product(lo, positive, bias) + self._product(hi, negative, None))
-        high = step * (self._product(hi, positive, bias) + self._product(lo, negative, None))
-        size = step * self._product(torch.maximum(lo.abs(), hi.abs()), positive - negative, bias.abs())
-        if self.out is not None:
-            return self.out.outward(low, high, size, self.terms, self.relu)
-        return low - gamma(self.terms) * size, high + gamma(self.terms) * size
+        return low, high
 
     @property
     def terms(self) -> int:
