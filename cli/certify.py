@@ -82,14 +82,13 @@ def certify(
     from rprune.evaluation.certificates import SmoothedSet
     from rprune.files import refuse_overwrite, write_json
     from rprune.pipeline.certificate import sealed
-    from rprune.pipeline.certifying import CLAIMS
+    from rprune.pipeline.certifying import CLAIMS, threat_of
     from rprune.pipeline.certifying import certify as run_certify
     from rprune.pipeline.properties import write_properties
     from rprune.pipeline.recipe import CertifyStage, validated
     from rprune.pipeline.shipped import SHIPPED, certify_file, open_target
     from rprune.pipeline.single import Request, certificates_beside, open_model
     from rprune.pipeline.verdicts import Part
-    from rprune.threat import ThreatModel
 
     if checked is not None:
         if model is not None:
@@ -107,6 +106,8 @@ def certify(
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     if n is not None and fixed_n is not None:
         raise UsageError("--n and --fixed-n are two tests", "give one of them")
+    if merge and shard is not None:
+        raise UsageError("--shard and --merge are two commands", "merge what the shards wrote without --shard")
     table = o.given(
         methods=chosen, sigma=sigma, radius=radius, n=n or fixed_n, test=None if fixed_n is None else "fixed", n0=n0,
         noise=noise, alpha=alpha, limit=limit, smoothing_limit=limit, eps=eps, compat=compat,
@@ -119,30 +120,35 @@ def certify(
         refuse_overwrite(output, force)
         if shipped:
             opened = open_target(model, request, reporter)
-            bench, found = opened.bench, certify_file(opened, stage, part)
+            found = certify_file(opened, stage, part)
         else:
             bench, source = open_model(model, request, reporter)
-            threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
-            written = 0 if vnnlib is None else write_properties(bench, source, threat, stage.limit, vnnlib)
+            written = 0
+            if vnnlib is not None:
+                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, vnnlib)
             found = run_certify(bench, source, stage, part)
-    found = sealed(found, model, bench)
+    found = sealed(found, model)
     write_json(output, found)
     part.done()
     if as_json:
         print_json(found)
         return
     rows = []
+
+    def part_of(count: int, size: int) -> str:
+        return percent(count / size if size else None)  # a small shard may have bounds alone
+
     bounds = found.get("bounds")
     if bounds:
         for level in bounds["levels"]:
             count = f"{level['correct']}/{bounds['n']}"
             name = ", ".join(bounds["methods"]) if level["eps"] == bounds["eps"] else "bounds"
-            rows.append([name, f"{bounds['norm']} {level['eps']}", percent(level["correct"] / bounds["n"]), count])
+            rows.append([name, f"{bounds['norm']} {level['eps']}", part_of(level["correct"], bounds["n"]), count])
     if smooth := found.get("smoothing"):
         verdicts = SmoothedSet.from_rows(smooth["samples"])
         for at in sorted({0.0, smooth["radius"]}):
             right, size = verdicts.correct_at(at), len(verdicts.labels)
-            rows.append(["smoothing", f"l2 {at:.6g}", percent(right / size), f"{right}/{size}"])
+            rows.append(["smoothing", f"l2 {at:.6g}", part_of(right, size), f"{right}/{size}"])
     print_table(
         f"certified accuracy of the {found['form']} form -> {output}", ["method", "radius", "certified", "count"], rows
     )

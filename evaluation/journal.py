@@ -33,15 +33,17 @@ class Journal(ABC):
     def open(cls: type[Kind], path: Path, key: Mapping[str, Any], *, resume: bool = True) -> Kind:
         """The journal of a file, which the first line creates; a line that was cut off is dropped.
 
-        Raises UsageError for a file with another key, InputError for one that is none.
+        Without ``resume`` a file that is there is deleted. Raises UsageError for a file with another key, InputError
+        for one that is none.
         """
         journal = cls(key, path)
-        if path.exists() and resume:
-            whole = journal._load(path)
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        else:
-            path.unlink(missing_ok=True)
+        if path.exists():
+            if resume and (whole := journal._load(path)):
+                with path.open("r+b") as file:
+                    file.truncate(whole)
+            else:
+                journal._bytes(path)  # nothing else is deleted
+                path.unlink()
         return journal
 
     @abstractmethod
@@ -70,19 +72,29 @@ class Journal(ABC):
 
     def _load(self, path: Path) -> int:
         """Read a file; returns how many of its bytes are whole lines."""
-        hint = f"name one that '{self.COMMAND}' wrote"
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}", hint) from None
+        data = self._bytes(path)
         whole = data.rfind(b"\n") + 1
+        if not whole:  # cut within its first line
+            return 0
         try:
             head, *lines = map(json.loads, data[:whole].decode().splitlines())
-            if head["format"] != self.FORMAT:
-                raise ValueError(f"format {head['format']}")
             self._need_key(path, head["key"])
             for line in lines:
                 self._take_line(line)
         except (ValueError, KeyError, TypeError, zlib.error) as error:
-            raise InputError(f"{path} is not a {self.WHAT}: {error}", hint) from None
+            raise self._unusable(f"{path} is not a {self.WHAT}: {error}") from None
         return whole
+
+    def _bytes(self, path: Path) -> bytes:
+        """What is in a file of this format, or of which only the beginning of one was written."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise self._unusable(f"cannot read {path}: {error.strerror}") from None
+        start = canonical_json({"format": self.FORMAT}).encode()[:-1]
+        if data[: len(start)] != start[: len(data)]:
+            raise self._unusable(f"{path} is not a {self.WHAT} of format {self.FORMAT}")
+        return data
+
+    def _unusable(self, message: str) -> InputError:
+        return InputError(message, f"name one that '{self.COMMAND}' wrote")

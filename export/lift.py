@@ -315,14 +315,10 @@ def _clip(lifter: _Lifter, node: Any) -> _Value:
 
 def _clip_real(lifter: _Lifter, given: _Value, node: Any) -> _Value:
     a, ends = _Attributes(node), []
-    for place, name in ((1, "min"), (2, "max")):
+    for place, (name, none) in enumerate((("min", -math.inf), ("max", math.inf)), 1):
         constant = lifter.floats(node.input[place]) if len(node.input) > place and node.input[place] else None
-        ends.append(float(a.get(name, math.nan) if constant is None else constant.reshape(-1)[0]))
-    low, high = ends
-    if low == 0 and not high < math.inf:  # no upper end
-        return lifter.layer(given, nn.ReLU())
-    need(-math.inf < low <= high < math.inf, f"it clips to [{low}, {high}]")
-    for step in clipped(low, high):
+        ends.append(float(a.get(name, none) if constant is None else constant.reshape(-1)[0]))
+    for step in clipped(*ends):
         given = lifter.layer(given, step)
     return given
 
@@ -484,11 +480,11 @@ def _scaled(lifter: _Lifter, given: _Value, scale: Any, shift: Any) -> _Value:
         flat = [side for side in part.shape if side != 1]
         channel = part.ndim < 3 or part.shape[-2:] == (1, 1)
         need(len(flat) <= 1 and channel, "its constant is not one number a channel")
-    tensors = [torch.from_numpy(part.reshape(1, -1, *(1,) * (2 if part.ndim >= 3 or part.size == 1 else 0)).copy())
-               for part in factors]  # fmt: skip
+    shapes = [() if part.size == 1 else (1, -1, *(1,) * (2 if part.ndim >= 3 else 0)) for part in factors]
+    tensors = [torch.from_numpy(part.reshape(shape).copy()) for part, shape in zip(factors, shapes, strict=True)]
     if given.pending is None and given.scale is None:
         return lifter.layer(given, Affine(*tensors))
-    before: tuple[Any, Any] = (torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    before: tuple[Any, Any] = (torch.ones(()), torch.zeros(()))
     if given.pending is not None:
         raw, (source,) = given.pending(Scale(1.0, 0), False)
         need(isinstance(raw, QAffine) and not given.relu, "it scales values that are not quantised")

@@ -59,6 +59,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 REAL = (nn.LeakyReLU,)  # known to bounds, and not to integers
 WIDEST = 1000  # ends of clips
+LARGEST = torch.finfo(torch.float32).max  # as an end of clips: none
 INPLACE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 DROPPED = (nn.Dropout, nn.Dropout2d, nn.Identity)
@@ -176,18 +177,32 @@ def _rewrite_real(network: fx.GraphModule) -> None:
 
 
 def clipped(low: float, high: float) -> nn.Sequential:
-    """Clipping to [low, high] as two ReLUs: high - relu(high - low - relu(x - low))."""
+    """Clipping to [low, high] by a ReLU for each end that float32 has: high - relu(high - low - relu(x - low)).
 
-    if max(abs(low), abs(high)) > WIDEST:
+    Raises InputError for an end so far out that the value would be lost in rounding.
+    """
+    ends = [end for end in (low, high) if abs(end) < LARGEST]
+    if not low <= high or any(abs(end) > WIDEST for end in ends):
         raise InputError(
             f"it clips to [{low:g}, {high:g}]", f"ends beyond {WIDEST} would swallow the value in rounding"
         )
+    if low >= LARGEST or high <= -LARGEST:
+        raise InputError(f"it clips to [{low:g}, {high:g}]", "such a layer gives one value alone")
 
     def affine(scale: float, shift: float) -> Affine:
         return Affine(*(torch.tensor(number, dtype=torch.float64) for number in (scale, shift)))
 
-    first = [affine(1, -low)] if low else []
-    return nn.Sequential(*first, nn.ReLU(), affine(-1, high - low), nn.ReLU(), affine(-1, high))
+    steps: list[nn.Module] = []
+    base = low if abs(low) < LARGEST else 0.0
+    if base:
+        steps.append(affine(1, -base))
+    if abs(low) < LARGEST:
+        steps.append(nn.ReLU())
+    if abs(high) < LARGEST:
+        steps += [affine(-1, high - base), nn.ReLU(), affine(-1, high)]
+    elif base:
+        steps.append(affine(1, base))
+    return nn.Sequential(*steps)
 
 
 def _adaptive_pool(wanted: Any, shape: tuple[int, ...]) -> nn.Module | None:
@@ -277,9 +292,9 @@ def _bypass(network: fx.GraphModule, node: fx.Node) -> None:
 def _replace(network: fx.GraphModule, node: fx.Node, module: nn.Module | None) -> None:
     if module is None:
         return None
-    if isinstance(module, nn.Identity):
-        return _bypass(network, node)
     steps = list(module) if isinstance(module, nn.Sequential) else [module]
+    if not steps or isinstance(module, nn.Identity):
+        return _bypass(network, node)
     inputs = tuple(_inputs(node)[: 2 if isinstance(module, Add) else 1])
     for place, step in enumerate(steps):
         name = f"{type(step).__name__.lower()}_{node.name}" + (f"_{place}" if place else "")

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rprune.errors import InputError, IntegrityError, UsageError
-from rprune.files import atomic, file_digest, read_json, write_json
+from rprune.files import atomic, digest_of, file_digest, read_json, write_json
 from rprune.models.registry import Architecture, build, is_trusted
+from rprune.pipeline.environment import referenced_files
 from rprune.pipeline.intake import STATE_KEYS, classify, explain
 from rprune.registry import first_problem
 from rprune.reports.schema import LineageEntry
@@ -94,6 +95,13 @@ class Artifact:
                 sha.update(f"{prefix}{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
                 sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 of all that decides its answers: tensors, architecture with normalisation, code that is a file."""
+        architecture = self.metadata.architecture
+        code = sorted(referenced_files(architecture["name"]).values())
+        return digest_of({"tensors": self.digest, "architecture": architecture, "code": code})
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The plain module, with these weights, in eval mode."""

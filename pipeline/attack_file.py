@@ -144,7 +144,7 @@ def _column(opened: Opened, plan: Plan, out: Path, column: str, suite: str, thre
     attacks = _attacks(opened, suite)
     test = loader(bench.data.test, bench.device)
     key = ledger_key(
-        f"{opened.digest}/{opened.role}", bench.data.test.digest, threat, attacks, bench.seed, bench.device.type
+        f"{opened.identity}/{opened.role}", bench.data.test.digest, threat, attacks, bench.seed, bench.device.type
     )
     table = TABLES.get(plan.suite_for(opened))
     alone = table is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ import torch
 import rprune
 from rprune.certification.confidence import recounted
 from rprune.certification.ibp import of_integers
-from rprune.certification.smoothing import DRAWS, Smoothing
 from rprune.data.loaders import Batch, loader
 from rprune.errors import InputError, IntegrityError
 from rprune.evaluation.accuracy import classes_of
@@ -27,8 +26,23 @@ from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
 from rprune.files import file_digest, read_json, seal_of
 from rprune.pipeline.bench import Bench, Reporter
-from rprune.pipeline.certifying import CLAIMS, CLAIMS_OF, FALSIFIER, LOWER, Certificates, certified_network, form_of
+from rprune.pipeline.certifying import (
+    CLAIMS,
+    CLAIMS_OF,
+    FALSIFIER,
+    LOWER,
+    Certificates,
+    as_hydra,
+    bounds_of,
+    certified_network,
+    falsifier_of,
+    said,
+    said_of,
+    smoothing_of,
+    threat_of,
+)
 from rprune.pipeline.environment import environment, source_digest
+from rprune.pipeline.recipe import CertifyStage
 from rprune.pipeline.shipped import SHIPPED, graph_of, open_target
 from rprune.pipeline.single import Request, open_model
 from rprune.pipeline.verdicts import SCHEMA
@@ -41,12 +55,11 @@ Outcome = tuple[str, str]
 Sample = TypeVar("Sample", int, tuple[int, str])
 
 
-def sealed(found: Certificates, model: Path | None, bench: Bench) -> dict[str, Any]:
+def sealed(found: Certificates, model: Path | None) -> dict[str, Any]:
     """The content of a certificate file; ``model`` is the file that was certified."""
     body = found | {
         "schema": SCHEMA,
         "tool": {"name": "rprune", "version": rprune.__version__, "source_sha256": source_digest()},
-        "threat": {"norm": bench.threat.norm, "eps": bench.threat.text, "domain": [0, 1]},
         "environment": environment("cpu"),
         "caveats": _caveats(found),
     }
@@ -106,24 +119,26 @@ def _checks(path: Path, found: dict[str, Any], request: Request, reporter: Repor
     request = replace(
         request, data=request.data or found["data"]["source"], seed=found["seed"], norm=threat.norm, eps=threat.text
     )
-    network, net, form, bench = _opened(model, request, reporter, "bounds" in found)
+    stage, opened = CertifyStage.model_validate(found["config"]), _opened(model, request, reporter, "bounds" in found)
+    bench = opened.bench
     _need(
         bench.data.test.digest == found["data"]["sha256"], f"the data of {bench.data.source} are not those certified on"
     )
     yield "data", f"the test split of {bench.data.source} has the images and labels that were certified"
-    _need(found["form"] == form, f"it speaks of the form {found['form']}, the model is {form}")
+    same = all(found.get(name) == value for name, value in opened.says.items())
+    _need(same, "it speaks of another form of the model, or of other tensors, architecture or code")
     _need(found["caveats"] == _caveats(found), "its caveats are not those of its claims")
-    _settings_agree(found, threat, bench)
+    _settings_agree(found, stage, threat, opened)
     yield "settings", "radii, samples and settings are those that it was made with"
     dice = random.SystemRandom()  # not to be foreseen by who issues
     if bounds := found.get("bounds"):
         _bounds_add_up(bounds)
         yield "bounds", f"verdicts of {bounds['n']} samples add up"
-        yield "bounds again", _bounds_again(bounds, network, bench, dice, samples)
+        yield "bounds again", _bounds_again(bounds, opened.network, bench, dice, samples)
     if smoothing := found.get("smoothing"):
         _radii(smoothing)
         yield "radii", f"{len(smoothing['samples'])} radii follow from their counts"
-        yield "noise again", _noise_again(smoothing, net, bench, dice, samples)
+        yield "noise again", _noise_again(smoothing, stage, threat, opened.net, bench, dice, samples)
 
 
 def _need(condition: bool, message: str) -> None:
@@ -131,9 +146,10 @@ def _need(condition: bool, message: str) -> None:
         raise IntegrityError(message, HINT)
 
 
-def _settings_agree(found: dict[str, Any], threat: ThreatModel, bench: Bench) -> None:
+def _settings_agree(found: dict[str, Any], stage: CertifyStage, threat: ThreatModel, opened: _Opened) -> None:
     """What stands twice is the same: nothing is claimed at other settings, or of chosen samples alone."""
-    config = found["config"]
+    bench, config = opened.bench, found["config"]
+    _need(threat == threat_of(bench, stage), "its threat is not that of its settings")
     index, count = (int(number) for number in found.get("shard", "1/1").split("/"))
     for section, limit in (("bounds", "limit"), ("smoothing", "smoothing_limit")):
         if section in found:
@@ -141,25 +157,37 @@ def _settings_agree(found: dict[str, Any], threat: ThreatModel, bench: Bench) ->
             same = [row["index"] for row in found[section]["samples"]] == ids
             _need(same, f"its samples of {section} are not in order, each once, and all of its part")
     if bounds := found.get("bounds"):
-        at = threat if config["eps"] is None else ThreatModel.of(threat.norm, config["eps"])
-        levels = [at.text, *(at.scaled(factor).text for factor in LOWER)]
-        same = (bounds["norm"], bounds["eps"]) == (at.norm, at.text)
+        levels = [threat.text, *(threat.scaled(factor).text for factor in LOWER)]
+        same = (bounds["norm"], bounds["eps"]) == (threat.norm, threat.text)
         _need(same and [level["eps"] for level in bounds["levels"]] == levels, "its bounds are at other radii")
+        methods = list(bounds_of(stage, of_integers(opened.network)))
+        same = (bounds["methods"], bounds["falsifier"]) == (methods, falsifier_of(stage))
+        _need(same and ("as_hydra" in bounds) == (stage.compat is not None), "its bounds have other settings")
     if smoothing := found.get("smoothing"):
-        used = {name: smoothing[name] for name in ("sigma", "test", "noise", "n0", "n", "alpha")}
-        wanted = {name: config[name] for name in used} | {"n": config["n"] or DRAWS[config["test"]]}
-        slack = Smoothing(**used).slack(math.prod(bench.data.shape))
-        _need(used == wanted and smoothing["slack"] == slack, "its smoothing has other settings")
+        _, wanted = smoothing_of(stage, threat, math.prod(bench.data.shape))
+        _need(smoothing == wanted | {"samples": smoothing["samples"]}, "its smoothing has other settings")
+    asked = {"bounds": set(stage.methods) != {"smoothing"}, "smoothing": "smoothing" in stage.methods}
+    _need(all((name in found) == wanted for name, wanted in asked.items()), "a section that it asks for is missing")
 
 
-def _opened(model: Path, request: Request, reporter: Reporter, bounds: bool) -> tuple[Any, Any, str, Bench]:
-    """What bounds, where there are some, and noise are computed with; the form of the model."""
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """What bounds, where there are some, and noise are computed with; what a certificate says of such a model."""
+
+    network: Any
+    net: Any
+    bench: Bench
+    says: dict[str, str]
+
+
+def _opened(model: Path, request: Request, reporter: Reporter, bounds: bool) -> _Opened:
     if model.suffix in SHIPPED:
         opened = open_target(model, request, reporter)
-        return (graph_of(opened) if bounds else None), opened.target.artifact, opened.role, opened.bench
+        network, net = graph_of(opened) if bounds else None, opened.target.artifact
+        return _Opened(network, net, opened.bench, said(opened.role, opened.identity))
     bench, artifact = open_model(model, request, reporter)
     network = certified_network(artifact, bench)
-    return network, network, form_of(artifact), bench
+    return _Opened(network, network, bench, said_of(artifact))
 
 
 def _batch(bench: Bench, ids: list[int]) -> Batch:
@@ -178,7 +206,9 @@ def _bounds_add_up(bounds: dict[str, Any]) -> None:
         _need(
             not sure or (row["margin"] is not None and row["margin"] > 0), "a certified sample has no positive margin"
         )
-        _need(not sure or row["method"] in bounds["methods"], "a certified sample names no bound")
+        by = bounds["methods"] if sure else ["attack"] if row["status"] == "falsified" else [""]
+        _need(row["method"] in by, "a verdict names what cannot have decided it")
+        _need(row["status"] != "falsified" or bounds["falsifier"] is not None, "a sample is falsified by no attack")
     firm = sum(row["firm"] for row in rows)
     _need(bounds["firm"]["correct"] == firm, "its counts are not those of its samples")
     _need(levels[0]["eps"] == bounds["eps"], "its first level is not the radius that was certified")
@@ -213,14 +243,17 @@ def _bounds_again(bounds: dict[str, Any], network: Any, bench: Bench, dice: rand
         (by,), *_ = cascade(exact, batch.x, batch.y, less, ("ibp",), torch.tensor([True]))
         _need(bool(by), f"sample {i} is said to be proved at {level}; not so here")
     broken = _some([row["index"] for row in rows if row["status"] == "falsified"], dice, samples)
+    test = loader(bench.data.test, torch.device("cpu"))
     if both := sorted(proved + broken):
-        test = loader(bench.data.test, torch.device("cpu"))
         found = robustness(
             Target(network, network), test, threat, (FALSIFIER,), seed=bench.seed, ids=torch.tensor(both), grid=False
         )
         for i, robust in zip(found.ids.tolist(), found.robust.tolist(), strict=True):
             _need(i not in proved or robust, f"sample {i} is certified, and an attack breaks it")
             _need(i in proved or not robust, f"sample {i} is said to be falsified; the attack named does not break it")
+    if samples and "as_hydra" in bounds:
+        counted = as_hydra(exact, test, threat, torch.tensor(list(rows_by_id), dtype=torch.int64))
+        _need(bounds["as_hydra"] == counted, "HYDRA's code would count otherwise")
     again = f"{len(proved)} certified samples proved and attacked again, {len(lower)} proved at smaller radii"
     return f"{again}, {len(broken)} falsified ones broken"
 
@@ -242,10 +275,17 @@ def _radii(smoothing: dict[str, Any]) -> None:
         _need(right, f"the radius of sample {row['index']} does not follow from its counts")
 
 
-def _noise_again(smoothing: dict[str, Any], net: Any, bench: Bench, dice: random.Random, samples: int) -> str:
+def _noise_again(
+    smoothing: dict[str, Any],
+    stage: CertifyStage,
+    threat: ThreatModel,
+    net: Any,
+    bench: Bench,
+    dice: random.Random,
+    samples: int,
+) -> str:
     rows = {row["index"]: row for row in smoothing["samples"]}
-    names = ("sigma", "test", "noise", "n0", "n", "alpha")
-    again = Smoothing(**{name: smoothing[name] for name in names})
+    again, _ = smoothing_of(stage, threat, math.prod(bench.data.shape))
     ids = _some(list(rows), dice, samples)
     if not ids:
         return "no samples drawn again"

@@ -27,9 +27,10 @@ from rprune.evaluation.target import Target
 from rprune.models.graph import trace
 from rprune.pipeline.artifact import Artifact
 from rprune.pipeline.bench import Bench
+from rprune.pipeline.environment import source_digest
 from rprune.pipeline.forms import Deployed
 from rprune.pipeline.recipe import CertifyStage
-from rprune.pipeline.verdicts import Part, Row, Verdicts, key_of
+from rprune.pipeline.verdicts import Part, Row, Section, Verdicts, key_of
 from rprune.threat import ThreatModel
 
 FALSIFIER = PGD(steps=40, restarts=3)
@@ -37,7 +38,8 @@ LOWER = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of eps: the certified curve
 BLOCK, CHEAP_BLOCK = 50, 250  # samples whose verdicts are kept together; an interruption loses one block at most
 CLAIMS = {
     "int-exact": "every input in the ball, for the integers of the 8-bit graph, on kernels that do not saturate",
-    "any-kernel": "every input in the ball, for integers or float32 sums in any order between the same quantisers",
+    "any-kernel": "every input in the ball, for integers on kernels that do not saturate, and for float32 sums in any "
+    "order, between the same quantisers",
     "fp-any-order": "every input in the ball, for float32 sums in any order (not TF32, bfloat16 or Winograd kernels)",
     "real": "every input in the ball, in real arithmetic; float32 rounding of the runtime is not covered",
     "statistical": "the smoothed classifier, each sample with probability 1 - alpha",
@@ -46,7 +48,7 @@ CLAIMS = {
 CLAIMS_OF = {True: ("int-exact", "any-kernel"), False: ("real", "fp-any-order")}  # of integers, of floats
 
 Certificates = dict[str, Any]
-"""JSON-able outcome of a certify stage: ``artifact`` (tensors digest), ``bounds`` and ``smoothing`` by sample."""
+"""JSON-able outcome of a certify stage: what it speaks of and its settings; ``bounds`` and ``smoothing`` by sample."""
 
 
 def certify(bench: Bench, source: Artifact, stage: CertifyStage, part: Part | None = None) -> Certificates:
@@ -55,38 +57,46 @@ def certify(bench: Bench, source: Artifact, stage: CertifyStage, part: Part | No
     Raises UsageError for bounds that the form does not have.
     """
     network = certified_network(source, bench)
-    found = certificates(bench, network, network, stage, source.digest, part or Part())
-    return {"artifact": source.digest, "form": form_of(source)} | found
+    return certificates(bench, network, network, stage, said_of(source), part or Part())
 
 
-def form_of(source: Artifact) -> str:
-    return "onnx-int8" if source.quantization else "onnx"
+def said_of(source: Artifact) -> dict[str, str]:
+    return said("onnx-int8" if source.quantization else "onnx", source.identity, source.digest)
+
+
+def said(form: str, identity: str, artifact: str | None = None) -> dict[str, str]:
+    """What a certificate says of its model: its form, a digest of all that decides its answers, and of its tensors."""
+    return {"form": form, "identity": identity} | ({} if artifact is None else {"artifact": artifact})
 
 
 def certificates(
-    bench: Bench, network: Any, net: nn.Module, stage: CertifyStage, model: str, part: Part
+    bench: Bench, network: Any, net: nn.Module, stage: CertifyStage, says: Mapping[str, str], part: Part
 ) -> Certificates:
     """What a stage asks for: bounds of a network from ``trace``, ``simulated`` or ``lifted``; smoothing of ``net``.
 
-    ``model``: the digest by which a journal of verdicts knows it.
+    ``says``: of the model, from :func:`said`.
     """
     started = time.monotonic()
+    threat = threat_of(bench, stage)
     found: Certificates = {
+        **says,
+        "threat": {"norm": threat.norm, "eps": threat.text, "domain": [0, 1]},
         "data": {"source": bench.data.source, "sha256": bench.data.test.digest},
         "config": stage.model_dump(mode="json"),
         "seed": bench.seed,
     }
     if part.shard != (0, 1):
         found["shard"] = part.name
-    verdicts = part.open(key_of(model, bench, stage))
-    if set(stage.methods) != {"smoothing"}:
-        threat = bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
-        integers = of_integers(network)
-        methods, ids = _bounds_of(stage, integers), part.ids(len(bench.data.test), stage.limit)
-        found["bounds"] = bounded(bench, network, threat, methods, stage, ids, verdicts)
+    methods = bounds_of(stage, of_integers(network)) if set(stage.methods) != {"smoothing"} else ()
+    limits: dict[Section, int | None] = {"bounds": stage.limit} if methods else {}
     if "smoothing" in stage.methods:
-        ids = part.ids(len(bench.data.test), stage.smoothing_limit)
-        found["smoothing"] = smoothed(bench, net, stage, ids, verdicts)
+        limits["smoothing"] = stage.smoothing_limit
+    ids = part.ids(len(bench.data.test), limits)
+    verdicts = part.open(key_of(found, source_digest()))
+    if "bounds" in ids:
+        found["bounds"] = bounded(bench, network, threat, methods, stage, ids["bounds"], verdicts)
+    if "smoothing" in ids:
+        found["smoothing"] = smoothed(bench, net, threat, stage, ids["smoothing"], verdicts)
     found["seconds"] = time.monotonic() - started
     return found
 
@@ -130,19 +140,19 @@ def bounded(
         "eps": threat.text,
         "n": len(rows),
         "methods": list(methods),
-        "falsifier": f"{FALSIFIER.label}-{FALSIFIER.steps}x{FALSIFIER.restarts}" if stage.falsify else None,
+        "falsifier": falsifier_of(stage),
         "claim": claim,
         "counts": {status: sum(row["status"] == status for row in rows) for status in STATUS},
         "firm": {"claim": firm, "correct": sum(row["firm"] for row in rows)},
         "levels": levels,
         "samples": _numbered(ids, rows),
-    } | ({} if stage.compat is None else {"as_hydra": _as_hydra(network, test, threat, ids)})
+    } | ({} if stage.compat is None else {"as_hydra": as_hydra(network, test, threat, ids)})
 
 
-def _as_hydra(network: fx.GraphModule, test: Loader, threat: ThreatModel, ids: Tensor) -> dict[str, Any]:
+def as_hydra(network: fx.GraphModule, test: Loader, threat: ThreatModel, ids: Tensor) -> dict[str, Any]:
     """What HYDRA's code would count: intervals, its eps, its box."""
     threat, correct = hydra_threat(threat), 0
-    for part in torch.split(ids, BATCH):
+    for part in _blocks(ids, BATCH):
         batch = test.take(part)
         lower = margins(network, *hydra_box(batch.x.double(), threat), batch.y)
         correct += int(proved(lower, batch.y).sum())
@@ -150,14 +160,11 @@ def _as_hydra(network: fx.GraphModule, test: Loader, threat: ThreatModel, ids: T
 
 
 def smoothed(
-    bench: Bench, net: nn.Module, stage: CertifyStage, ids: Int64[Tensor, " n"], verdicts: Verdicts
+    bench: Bench, net: nn.Module, threat: ThreatModel, stage: CertifyStage, ids: Int64[Tensor, " n"], verdicts: Verdicts
 ) -> dict[str, Any]:
     """Randomized smoothing of a net on the CPU: its settings, and a row for each sample."""
-    settings: dict[str, Any] = {name: getattr(stage, name) for name in ("sigma", "test", "noise", "n0", "alpha")}
-    settings["n"] = stage.n or DRAWS[stage.test]
-    smoothing, dimensions = Smoothing(**settings), math.prod(bench.data.shape)
-    needed = needed_l2(bench.threat.norm, bench.threat.eps, dimensions)
-    target = stage.radius or (needed if needed < smoothing.reach(dimensions) else stage.sigma)
+    smoothing, settings = smoothing_of(stage, threat, math.prod(bench.data.shape))
+    target = settings["radius"]
     test, predict = loader(bench.data.test, torch.device("cpu")), classes_of(net)
     left = torch.tensor(verdicts.missing("smoothing", ids), dtype=torch.int64)
     for block in _blocks(left, BLOCK):
@@ -172,14 +179,31 @@ def smoothed(
         )  # fmt: skip
         verdicts.add("smoothing", dict(zip(block.tolist(), found.rows(), strict=True)))
     rows = _numbered(ids, verdicts.rows("smoothing", ids))
-    return settings | {"radius": target, "slack": smoothing.slack(dimensions), "samples": rows}
+    return settings | {"samples": rows}
+
+
+def smoothing_of(stage: CertifyStage, threat: ThreatModel, dimensions: int) -> tuple[Smoothing, dict[str, Any]]:
+    """What a stage asks of smoothing, and the same as a certificate says it; ``radius``: l2, what is to be proved."""
+    settings: dict[str, Any] = {name: getattr(stage, name) for name in ("sigma", "test", "noise", "n0", "alpha")}
+    settings["n"] = stage.n or DRAWS[stage.test]
+    smoothing, needed = Smoothing(**settings), needed_l2(threat.norm, threat.eps, dimensions)
+    radius = stage.radius or (needed if needed < smoothing.reach(dimensions) else stage.sigma)
+    return smoothing, settings | {"radius": radius, "slack": smoothing.slack(dimensions)}
+
+
+def threat_of(bench: Bench, stage: CertifyStage) -> ThreatModel:
+    return bench.threat if stage.eps is None else ThreatModel.of(bench.threat.norm, stage.eps)
+
+
+def falsifier_of(stage: CertifyStage) -> str | None:
+    return f"{FALSIFIER.label}-{FALSIFIER.steps}x{FALSIFIER.restarts}" if stage.falsify else None
 
 
 def _blocks(ids: Tensor, size: int) -> Sequence[Tensor]:
     return torch.split(ids, size) if len(ids) else ()  # torch splits nothing into one empty part
 
 
-def _bounds_of(stage: CertifyStage, integers: bool) -> tuple[Method, ...]:
+def bounds_of(stage: CertifyStage, integers: bool) -> tuple[Method, ...]:
     if "auto" in stage.methods:
         return ("ibp",) if integers else CASCADE
     chosen = tuple(name for name in METHODS if name in stage.methods)

@@ -127,7 +127,7 @@ class Runner:
 
     @property
     def _first_key(self) -> str:
-        return "" if self.start is None else self.start.digest
+        return "" if self.start is None else self.start.identity
 
     def _folder(self, number: int, stage: Stage) -> Path:
         return self.out / ("export" if stage.kind == "export" else f"{number:02d}-{stage.kind}")
@@ -145,7 +145,7 @@ class Runner:
                 "threat": [bench.threat.norm, bench.threat.text],
                 "seed": bench.seed,
                 "device": bench.device.type,
-                "teacher": self.teacher.digest if self.teacher and stage.kind == "finetune" else None,
+                "teacher": self.teacher.identity if self.teacher and stage.kind == "finetune" else None,
                 "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,
                 "suites": [suites, referenced_files(suites)] if stage.kind == "export" else None,
                 "name": self.recipe.name if stage.kind == "export" else None,
@@ -169,7 +169,7 @@ class Runner:
             assert artifact is not None
             part = Part(journal=partial / VERDICTS)
             found = certify(self.bench, artifact, stage, part)
-            write_json(partial / "certificates.json", sealed(found, None, self.bench))
+            write_json(partial / "certificates.json", sealed(found, None))
             part.done()
             return
         if isinstance(stage, ExportStage):

@@ -19,7 +19,7 @@ from rprune.export.lift import lifted
 from rprune.export.session import is_quantized
 from rprune.files import file_digest, read_json
 from rprune.pipeline.bench import Bench, Reporter
-from rprune.pipeline.certifying import certificates
+from rprune.pipeline.certifying import certificates, said
 from rprune.pipeline.recipe import CertifyStage
 from rprune.pipeline.single import Request, open_data, open_model
 from rprune.pipeline.targets import CPU, PROBES, alike, of_artifact, of_file, sources_of
@@ -31,13 +31,18 @@ SHIPPED = (".onnx", ".c")
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A file ready to be attacked. ``note``: what the user should know of how it is searched."""
+    """A file ready to be attacked.
+
+    ``digest``: of a file's bytes, of an artifact's tensors; ``identity``: of all that decides its answers; ``note``:
+    what the user should know of how it is searched.
+    """
 
     path: Path
     bench: Bench
     target: Target
     role: Role
     digest: str
+    identity: str
     gradient: str
     verdict: str
     note: str = ""
@@ -64,7 +69,8 @@ def open_target(
     if form == "8-bit":
         bench.device = CPU  # where the simulation is exact
     verdict = "the 8-bit simulation" if form == "8-bit" else "torch"
-    return Opened(path, bench, target, "weights", artifact.digest, gradient, f"{verdict} on {path.name}")
+    digests = artifact.digest, artifact.identity
+    return Opened(path, bench, target, "weights", *digests, gradient, f"{verdict} on {path.name}")
 
 
 def _open_shipped(path: Path, request: Request, reporter: Reporter, parents: Sequence[Path], compiled: bool) -> Opened:
@@ -90,7 +96,8 @@ def _open_shipped(path: Path, request: Request, reporter: Reporter, parents: Seq
     note = "" if why is None else f"no gradients: {why}; only attacks without gradients and transfers run"
     role: Role = "c" if path.suffix == ".c" else "onnx-int8" if quantized else "onnx"
     verdict = f"{'compiled C' if role == 'c' else 'ONNX Runtime'} on {path.name}"
-    return Opened(path, bench, target, role, file_digest(path), gradient if why is None else "none", verdict, note)
+    digest = file_digest(path)
+    return Opened(path, bench, target, role, digest, digest, gradient if why is None else "none", verdict, note)
 
 
 def _completed(request: Request, report: Any) -> Request:
@@ -161,8 +168,8 @@ def certify_file(opened: Opened, stage: CertifyStage, part: Part | None = None) 
                 "a C source can be certified by smoothing alone", "--method smoothing; bounds: its ONNX file"
             )
         network = graph_of(opened)
-    found = certificates(opened.bench, network, opened.target.artifact, stage, opened.digest, part or Part())
-    return {"form": opened.role} | found
+    says = said(opened.role, opened.identity)
+    return certificates(opened.bench, network, opened.target.artifact, stage, says, part or Part())
 
 
 def graph_of(opened: Opened) -> fx.GraphModule:

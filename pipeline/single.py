@@ -118,8 +118,8 @@ def run_single(
     key = digest_of(
         {
             "stage": stage.model_dump(mode="json"),
-            "teacher": None if teacher is None else teacher.digest,
-            "source": None if source is None else source.digest,
+            "teacher": None if teacher is None else teacher.identity,
+            "source": None if source is None else source.identity,
             "arch": None if arch is None else arch.to_dict(),
             "bench": [bench.record().model_dump(mode="json"), str(bench.threat), bench.seed, bench.device.type],
             "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), arch and arch.name])],
@@ -143,13 +143,13 @@ def certificates_beside(model: Path, shard: tuple[int, int] = (0, 1)) -> Path:
 def read_certificates(path: Path, artifact: Artifact, bench: Bench) -> dict[str, Any]:
     """Raises InputError when the certificates were issued for other weights or data."""
     found = read_json(path, "certificates")
-    if not isinstance(found, dict) or not {"artifact", "form", "data", "seed"} <= set(found):
+    if not isinstance(found, dict) or not {"identity", "form", "data", "seed"} <= set(found):
         raise InputError(f"{path} holds no certificates", "run 'rprune certify' again")
     if found.get("digest") != seal_of(found):
         raise InputError(f"{path} was changed after it was issued", "run 'rprune certify' again")
     if "shard" in found:
         raise InputError(f"{path} covers shard {found['shard']} alone", "merge all: rprune certify MODEL --merge FILE")
-    if found["artifact"] != artifact.digest or found["form"] != ("onnx-int8" if artifact.quantization else "onnx"):
+    if found["identity"] != artifact.identity or found["form"] != ("onnx-int8" if artifact.quantization else "onnx"):
         raise InputError(f"{path} certifies another model", "run 'rprune certify' on this one")
     if found["data"]["sha256"] != bench.data.test.digest:
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,6 @@ from rprune.errors import InputError, UsageError
 from rprune.evaluation.journal import Journal
 from rprune.evaluation.robustness import chosen
 from rprune.files import read_json, seal_of
-from rprune.pipeline.bench import Bench
-from rprune.pipeline.environment import source_digest
-from rprune.pipeline.recipe import CertifyStage
 
 SCHEMA = "rprune.certificate/1"
 VERDICTS = "verdicts.jsonl"
@@ -61,7 +58,7 @@ class Verdicts(Journal):
         try:
             if found["schema"] != SCHEMA or found["digest"] != seal_of(found):
                 raise ValueError("schema or digest")
-            self._need_key(path, key_of_certificate(found))
+            self._need_key(path, key_of(found))
             for section, rows in rows_of_certificate(found).items():
                 known = self.of(section)
                 self.add(section, {i: row for i, row in rows.items() if i not in known})
@@ -89,13 +86,13 @@ class Part:
             verdicts.merge(path)
         return verdicts
 
-    def ids(self, total: int, limit: int | None) -> Int64[Tensor, " n"]:
-        """Raises UsageError where the shard has no samples."""
-        ids = chosen(total, limit, self.shard)
-        if not len(ids):
-            count = min(total, limit or total)
+    def ids(self, total: int, limits: Mapping[Section, int | None]) -> dict[Section, Int64[Tensor, " n"]]:
+        """The samples of each section. Raises UsageError where the shard has none in any."""
+        found = {section: chosen(total, limit, self.shard) for section, limit in limits.items()}
+        if not any(map(len, found.values())):
+            count = max(min(total, limit or total) for limit in limits.values())
             raise UsageError(f"shard {self.name} of {count} samples has none", f"use at most {count} shards")
-        return ids
+        return found
 
     @property
     def name(self) -> str:
@@ -107,27 +104,17 @@ class Part:
             self.journal.unlink(missing_ok=True)
 
 
-def key_of(model: str, bench: Bench, stage: CertifyStage) -> dict[str, Any]:
-    """What verdicts hold for; ``model``: digest of the tensors of an artifact, sha256 of a file."""
-    return _key(
-        model, bench.data.test.digest, [bench.threat.norm, bench.threat.text], stage.model_dump(mode="json"),
-        bench.seed, source_digest(),
-    )  # fmt: skip
+def key_of(found: Mapping[str, Any], code: str | None = None) -> dict[str, Any]:
+    """What the verdicts of a certificate, or of one that begins, hold for; ``code``: of which rprune, None as it says.
 
-
-def key_of_certificate(found: Mapping[str, Any]) -> dict[str, Any]:
-    return _key(
-        found["artifact"] if "artifact" in found else found["file"]["sha256"], found["data"]["sha256"],
-        [found["threat"]["norm"], found["threat"]["eps"]], found["config"], found["seed"],
-        found["tool"]["source_sha256"],
-    )  # fmt: skip
-
-
-def _key(
-    model: str, data: str, threat: Sequence[str], config: Mapping[str, Any], seed: int, code: str
-) -> dict[str, Any]:
-    settings = {name: value for name, value in config.items() if name not in LIMITS}
-    return {"model": model, "data": data, "threat": list(threat), "settings": settings, "seed": seed, "code": code}
+    Its ``identity`` stands for the model: equal tensors may answer differently.
+    """
+    settings = {name: value for name, value in found["config"].items() if name not in LIMITS}
+    return {
+        "model": found["identity"], "data": found["data"]["sha256"],
+        "threat": [found["threat"]["norm"], found["threat"]["eps"]], "settings": settings, "seed": found["seed"],
+        "code": code or found["tool"]["source_sha256"],
+    }  # fmt: skip
 
 
 def rows_of_certificate(found: Mapping[str, Any]) -> dict[Section, dict[int, Row]]:

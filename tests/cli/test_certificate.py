@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rprune.files import digest_of
+from rprune.pipeline.artifact import load_artifact, save_artifact
 
 MODEL = "model-lwm-0.5-finetuned-int8.pt"
 FILE = "model-lwm-0.5-finetuned-int8.certificates.json"
@@ -98,13 +99,33 @@ TAMPERED = {
     "another radius": (lambda f: f["bounds"]["levels"][1].update(eps="0.5"), True, "at other radii"),
     "a claim of floats": (lambda f: f["bounds"].update(claim="real"), True, "caveats"),
     "no caveats": (lambda f: f.update(caveats=[]), True, "caveats"),
-    "another form": (lambda f: f.update(form="onnx"), True, "form"),
+    "another form": (lambda f: f.update(form="onnx"), True, "another form"),
+    "other tensors": (lambda f: f.update(artifact="0" * 64), True, "other tensors"),
+    "another architecture": (lambda f: f.update(identity="0" * 64), True, "architecture"),
+    "a headline": (lambda f: f["threat"].update(eps="0.9"), True, "at other radii"),
+    "a headline of settings": (lambda f: f["config"].update(eps="0.9"), True, "threat is not that of its settings"),
+    "no attack": (lambda f: f["bounds"].update(falsifier=None), True, "bounds have other settings"),
+    "no attack in the settings": (
+        lambda f: f["bounds"].update(falsifier=None) or f["config"].update(falsify=False), True, "by no attack",
+    ),
+    "another attack": (lambda f: f["bounds"].update(falsifier="AutoAttack"), True, "bounds have other settings"),
+    "more methods": (lambda f: f["bounds"]["methods"].append("crown"), True, "bounds have other settings"),
+    "what HYDRA counts, unasked": (
+        lambda f: f["bounds"].update(as_hydra={"eps": "0.007", "correct": 1, "n": 1}), True, "other settings",
+    ),
+    "a section less": (lambda f: f.pop("smoothing") and f.update(caveats=f["caveats"][:1]), True, "is missing"),
+    "another radius of smoothing": (lambda f: f["smoothing"].update(radius=0.01), True, "other settings"),
+    "who decided": (
+        lambda f: next(r for r in f["bounds"]["samples"] if r["status"] == "misclassified").update(method="crown"),
+        True,
+        "names what cannot have decided it",
+    ),
     "slack": (lambda f: f["smoothing"].update(slack=-0.4), True, "other settings"),
     "another alpha": (lambda f: f["config"].update(alpha=1e-9), True, "other settings"),
     "chosen samples": (lambda f: f["smoothing"]["samples"].pop(), True, "all of its part"),
     "a sample twice": (lambda f: f["bounds"]["samples"][1].update(index=0), True, "each once"),
     "another label": (lambda f: f["bounds"]["samples"][0].update(label=11), True, "contradicts"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TAMPERED)
@@ -140,6 +161,8 @@ def test_other_data_are_refused(folder, call) -> None:
         (("certify", MODEL, "--method", "crown", "-o", "x.json"), 2, "does not bound integers"),
         (("certify", MODEL, "-m", "smoothing", "--radius", 9, "-o", "x.json"), 2, "reach l2"),
         (("certify", MODEL, "--noise", "pink", "-o", "x.json"), 2, "noise"),
+        (("certify", MODEL, "--shard", "1/2", "--merge", FILE, "-o", "x.json"), 2, "two commands"),
+        (("certify", MODEL, "--shard", "9/9", "--limit", 8, "-o", "x.json"), 2, "of 8 samples has none"),
     ],
 )
 def test_refusals(folder, call, arguments, code, words) -> None:
@@ -228,7 +251,92 @@ def test_an_interrupted_run_goes_on(whole, call, monkeypatch) -> None:
     assert call("certify", MODEL, *OPTIONS, "-o", "broken.json", cwd=whole).code == 0
     assert asked == [*range(8), *range(4, 13)]
     assert content(whole / "broken.json") == content(whole / "whole.json")
+    (whole / "broken.json").unlink()
     assert not (whole / "broken.json.verdicts.jsonl").exists()
+
+
+def test_an_interruption_of_smoothing_loses_a_block(whole, call, monkeypatch) -> None:
+    from rprune.pipeline import certifying
+
+    asked: list[int] = []
+
+    def counted(*args, **options):
+        asked.extend(options["ids"].tolist())
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+        return certify_smoothing(*args, **options)
+
+    certify_smoothing = certifying.certify_smoothing
+    monkeypatch.setattr(certifying, "BLOCK", 4)
+    monkeypatch.setattr(certifying, "certify_smoothing", counted)
+    assert call("certify", MODEL, *OPTIONS, "-o", "broken.json", cwd=whole).code == 130
+    monkeypatch.setattr(certifying, "certify_bounds", None)  # bounds are known
+    assert call("certify", MODEL, *OPTIONS, "-o", "broken.json", cwd=whole).code == 0
+    assert asked == [*range(8), *range(4, 13)]
+    assert content(whole / "broken.json") == content(whole / "whole.json")
+    (whole / "broken.json").unlink()
+
+
+def test_fewer_samples_of_what_is_known(whole, call, monkeypatch) -> None:
+    """A smaller limit takes from an earlier certificate what it asks for, and computes nothing."""
+    from rprune.pipeline import certifying
+
+    for name in ("certify_bounds", "certify_smoothing"):
+        monkeypatch.setattr(certifying, name, None)
+    options = (*OPTIONS, "--limit", 5, "--merge", "whole.json")
+    assert call("certify", MODEL, *options, "-o", "less.json", cwd=whole).code == 0
+    less, more = content(whole / "less.json"), content(whole / "whole.json")
+    for section in ("bounds", "smoothing"):
+        assert less[section]["samples"] == more[section]["samples"][:5]
+    assert [level["proved"] for level in less["bounds"]["levels"]] == [
+        level["proved"][:5] for level in more["bounds"]["levels"]
+    ]
+    (whole / "less.json").unlink()
+
+
+def test_a_shard_may_have_bounds_alone(whole, call) -> None:
+    options = (*OPTIONS[:-1], "--set", "smoothing_limit=2", "--shard", "3/3")
+    said = call("certify", MODEL, *options, "-o", "last.json", cwd=whole)
+    assert said.code == 0, said.err
+    assert "0/0" in said.out
+    assert content(whole / "last.json")["smoothing"]["samples"] == []
+    shutil.move(whole / "last.json", whole / FILE)
+    assert call("certify", "--check", FILE, "-q", cwd=whole).code == 0
+    (whole / FILE).unlink()
+
+
+def test_equal_tensors_of_another_network_do_not_mix(chain, call, tmp_path) -> None:
+    """Normalisation is no tensor, and changes every answer."""
+    artifact = load_artifact(chain / "model-lwm-0.5-finetuned.pt")
+    arch = artifact.metadata.architecture | {"mean": [0.1], "std": [0.9]}
+    save_artifact(artifact, tmp_path / "one.pt")
+    save_artifact(artifact.with_metadata(architecture=arch), tmp_path / "other.pt")
+    options = ("-m", "ibp", "--limit", 2, "-q")
+    assert call("certify", "one.pt", *options, "-o", "c.json", cwd=tmp_path).code == 0
+    said = call("certify", "other.pt", *options, "--merge", "c.json", "-o", "x.json", cwd=tmp_path)
+    assert "model differ" in said.refused(2)
+    exported = call("export", "other.pt", "-o", "e", "--certificates", "c.json", cwd=tmp_path)
+    assert "certifies another model" in exported.refused(3)
+
+
+@pytest.mark.parametrize("option", ["--resume", "--no-resume"])
+def test_a_file_of_others_in_the_journals_place_stays(whole, call, option) -> None:
+    place = whole / "mine.json.verdicts.jsonl"
+    place.write_text("my notes\n")
+    said = call("certify", MODEL, *OPTIONS, option, "-o", "mine.json", cwd=whole)
+    assert "is not a list of verdicts" in said.refused(3)
+    assert place.read_text() == "my notes\n"
+    place.unlink()
+
+
+@pytest.mark.parametrize("rest", ["", '{"form', '{"format":"rprune.verdicts/1","key":{"co'])
+@pytest.mark.parametrize("option", ["--resume", "--no-resume"])
+def test_a_journal_cut_in_its_first_line_is_begun_again(whole, call, rest: str, option: str) -> None:
+    (whole / "cut.json.verdicts.jsonl").write_text(rest)
+    options = (*OPTIONS, "--limit", 2, "-m", "ibp", option)
+    assert call("certify", MODEL, *options, "-o", "cut.json", cwd=whole).code == 0
+    assert not (whole / "cut.json.verdicts.jsonl").exists()
+    (whole / "cut.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -261,6 +369,11 @@ def test_what_hydra_would_count(whole, call) -> None:
     assert found["counts"]["certified"] <= found["as_hydra"]["correct"] <= found["as_hydra"]["n"] == 40
     assert f"HYDRA's code would count {found['as_hydra']['correct']}/40" in said.err
     assert "no guarantee" in said.err
+    shutil.copy(whole / "h.json", whole / FILE)
+    assert call("certify", "--check", FILE, "-q", cwd=whole).code == 0
+    edit(whole, lambda f: f["bounds"]["as_hydra"].update(correct=39))
+    assert "HYDRA's code would count otherwise" in refusal(call("certify", "--check", FILE, "-q", cwd=whole))
+    (whole / FILE).unlink()
 
 
 def test_a_moved_model_is_missed(folder, call) -> None:

@@ -86,7 +86,7 @@ def test_three_shards_merged_are_the_whole(whole, target, data, tmp_path):
     assert merged.canonical() == wanted
 
 
-@pytest.mark.parametrize("cut", [0.2, 0.5, 0.93])
+@pytest.mark.parametrize("cut", [0, 0.001, 0.2, 0.5, 0.93])
 def test_a_file_that_was_cut_off_is_continued(whole, target, data, tmp_path, cut):
     threat, wanted = whole
     path = tmp_path / "ledger.jsonl"
@@ -129,7 +129,7 @@ def test_another_key_is_refused(tmp_path, change):
     assert Ledger.open(path, other, resume=False).clean == {}
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", "no json\n", '{"format": "rprune.ledger/9", "key": {}}\n', "[1]\n"])
+@pytest.mark.parametrize("text", ["{}", "{}\n", "no json\n", '{"format": "rprune.ledger/9", "key": {}}\n', "[1]\n"])
 def test_what_is_no_ledger_is_refused(tmp_path, text):
     path = tmp_path / "ledger.jsonl"
     path.write_text(text)

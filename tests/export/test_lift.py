@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rprune.certification.ibp import margins
+from rprune.certification.ibp import bounds, margins
 from rprune.errors import InputError
 from rprune.export.compact_onnx import expanding
 from rprune.export.lift import lifted
@@ -101,7 +101,8 @@ def graph(*nodes: Any, **constants: Any) -> Any:
 
 
 def node(kind: str, inputs: str, output: str, **attributes: Any) -> Any:
-    return helper.make_node(kind, inputs.split(), [output], name=f"the_{kind.lower()}_{output}", **attributes)
+    """Inputs are names with one space between them; two leave one out."""
+    return helper.make_node(kind, inputs.split(" "), [output], name=f"the_{kind.lower()}_{output}", **attributes)
 
 
 R = np.random.RandomState(0)
@@ -131,6 +132,16 @@ FOREIGN = {
         node("Gemm", "f w b", "y"), low=np.float32(-0.3), high=np.float32(0.9), zero=np.float32(0), six=np.float32(6),
         **CONV, **HEAD,
     ),
+    "ends that clip nothing": graph(
+        node("Conv", "x k kb", "c"), node("Clip", "c low", "d"), node("Clip", "d  high", "e"),
+        node("Clip", "e least most", "g"), node("Clip", "g zero most", "h"), node("Flatten", "h", "f"),
+        node("Gemm", "f w b", "y"), low=np.float32(-0.3), high=np.float32(0.9), zero=np.float32(0),
+        least=np.float32(-3.4028235e38), most=np.float32(3.4028235e38), **CONV, **HEAD,
+    ),
+    "one number for all behind Flatten": graph(
+        node("Conv", "x k kb", "c"), node("Relu", "c", "r"), node("Flatten", "r", "f"), node("Mul", "f two", "d"),
+        node("Add", "d one", "e"), node("Gemm", "e w b", "y"), two=np.float32(2), one=np.float32([1]), **CONV, **HEAD,
+    ),
     "residual, pools, mean": graph(
         node("Conv", "x k kb", "c", pads=[1, 1, 1, 1]), node("MaxPool", "c", "p", kernel_shape=[3, 3],
         pads=[1, 1, 1, 1]),
@@ -146,7 +157,11 @@ FOREIGN = {
 def test_files_of_others(tmp_path: Path, case: str) -> None:
     path = written(FOREIGN[case], tmp_path)
     x = torch.rand(5, *SHAPE, generator=torch.Generator().manual_seed(0))
-    assert np.allclose(lifted(path)(x).numpy(), OnnxClassifier(path).logits(x.numpy()), rtol=1e-4, atol=1e-4)
+    network, found = lifted(path), OnnxClassifier(path).logits(x.numpy())
+    assert np.allclose(network(x).numpy(), found, rtol=1e-4, atol=1e-4)
+    low, high = bounds(network.double(), x.double(), x.double())
+    assert np.allclose(low.numpy(), found, rtol=1e-4, atol=1e-4)
+    assert np.allclose(high.numpy(), found, rtol=1e-4, atol=1e-4)
 
 
 def test_integers_of_others(tmp_path: Path) -> None:
@@ -175,8 +190,12 @@ REFUSED = {
     "a leak that is none": (
         graph(node("LeakyRelu", "x", "l", alpha=1.5), node("Flatten", "l", "y")), "the_leakyrelu.*not in \\[0, 1\\]",
     ),
-    "a clip of one end": (
-        graph(node("Clip", "x low", "l"), node("Flatten", "l", "y"), low=np.float32(0.1)), "the_clip.*clips to",
+    "a clip far out": (
+        graph(node("Clip", "x low high", "l"), node("Flatten", "l", "y"), low=np.float32(0), high=np.float32(1e6)),
+        "the_clip.*clips to",
+    ),
+    "a clip to nothing": (
+        graph(node("Clip", "x low", "l"), node("Flatten", "l", "y"), low=np.float32(np.inf)), "the_clip.*clips to",
     ),
     "an operator without a layer": (graph(node("Softmax", "x", "s"),
     node("Flatten", "s", "y")), "the_softmax.*no layer"),

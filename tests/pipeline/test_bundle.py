@@ -26,7 +26,7 @@ N = 60
 @pytest.fixture(scope="module")
 def certificates(bench, quantized):
     stage = CertifyStage(eps="0.005", n=100, limit=N, smoothing_limit=5)
-    return sealed(certify(bench, quantized, stage), None, bench)
+    return sealed(certify(bench, quantized, stage), None)
 
 
 @pytest.fixture(scope="module")
