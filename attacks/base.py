@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rprune.attacks.noise import Keyed, Noise
 from rprune.attacks.norms import within
 from rprune.errors import UsageError
+from rprune.models.folded import folded
 from rprune.registry import Configured, Registry
 from rprune.threat import ThreatModel
 
@@ -163,6 +164,16 @@ def rows_of(state: State, rows: Tensor) -> State:
     elif is_dataclass(state):
         cut = replace(cut, **{field.name: rows_of(getattr(state, field.name), rows) for field in fields(state)})
     return cut  # type: ignore[no-any-return]
+
+
+@contextmanager
+def at_rest(net: nn.Module, x: Float[Tensor, "b c h w"]) -> Iterator[nn.Module]:
+    """What an objective attacks: the net is :func:`frozen`, what is yielded gives its logits with batch norm folded.
+
+    x: images that it takes. A net that is made for one step, such as an average over noise, wraps what is yielded.
+    """
+    with frozen(net):
+        yield folded(net, x)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from rprune.attacks.base import cross_entropy, frozen, input_gradient
+from rprune.attacks.base import at_rest, cross_entropy, input_gradient
 from rprune.attacks.noise import Stream
 from rprune.attacks.norms import random_in_ball, steepest
 from rprune.attacks.pgd import PGD
@@ -57,8 +57,8 @@ class NFGSM(Objective):
         unit = noise.uniform(x, "n-fgsm")
         normal = noise.normal(x, "n-fgsm") if norm == "l2" else unit
         start = (x + self.k * eps * random_in_ball(unit, normal, norm)).clamp(0, 1)
-        with frozen(net):
-            gradient, *_ = input_gradient(net, start, cross_entropy(y))
+        with at_rest(net, x) as still:
+            gradient, *_ = input_gradient(still, start, cross_entropy(y))
         point = (start + self.step * eps * steepest(gradient, norm)).clamp(0, 1)
 
         def loss() -> Loss:

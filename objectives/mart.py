@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rprune.attacks.base import cross_entropy
+from rprune.attacks.base import at_rest, cross_entropy
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
@@ -48,7 +48,8 @@ class MART(Objective):
     beta: Annotated[float, Field(ge=0)] = 5.0
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
-        point = self.attack.training_point(net, x, self.threat, cross_entropy(y), noise)
+        with at_rest(net, x) as still:
+            point = self.attack.training_point(still, x, self.threat, cross_entropy(y), noise)
 
         def loss() -> Loss:
             natural, adversarial = net(x), net(point)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from rprune.attacks.base import cross_entropy
+from rprune.attacks.base import at_rest, cross_entropy
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.certification.live import Bounds
@@ -41,7 +41,8 @@ class MTLIBP(Objective):
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:
         reached = ramped(progress, self.ramp)
         near = self.threat.scaled(reached)
-        point = self.attack.training_point(net, x, near.scaled(self.reach), cross_entropy(y), noise)
+        with at_rest(net, x) as still:
+            point = self.attack.training_point(still, x, near.scaled(self.reach), cross_entropy(y), noise)
 
         def loss() -> Loss:
             logits = net(point)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from rprune.attacks.base import cross_entropy
+from rprune.attacks.base import at_rest, cross_entropy
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
@@ -31,7 +31,8 @@ class PGDAT(Objective):
     attack: PGD = PGD(steps=10)
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
-        point = self.attack.training_point(net, x, self.threat, cross_entropy(y), noise)
+        with at_rest(net, x) as still:
+            point = self.attack.training_point(still, x, self.threat, cross_entropy(y), noise)
 
         def loss() -> Loss:
             logits = net(point)

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from rprune.attacks.base import cross_entropy
+from rprune.attacks.base import at_rest, cross_entropy
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
@@ -62,7 +62,8 @@ class SmoothAdv(Objective):
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
         drawn = self.sigma * noise.normal(x.expand(self.samples, *x.shape), "smoothadv")
         # the logits of Smoothed are log-probabilities, so cross-entropy of them is -log of the mean
-        point = self.attack.training_point(Smoothed(net, drawn), x, self.threat, cross_entropy(y), noise)
+        with at_rest(net, x) as still:
+            point = self.attack.training_point(Smoothed(still, drawn), x, self.threat, cross_entropy(y), noise)
 
         def loss() -> Loss:
             logits = noisy_logits(net, point, drawn)

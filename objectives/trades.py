@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rprune.attacks.base import frozen
+from rprune.attacks.base import at_rest
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
@@ -40,9 +40,10 @@ class TRADES(Objective):
     beta: Annotated[float, Field(ge=0)] = 6.0
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
-        with frozen(net), torch.no_grad():
-            target = net(x)
-        point = self.attack.training_point(net, x, self.threat, lambda logits: kl(target, logits), noise)
+        with at_rest(net, x) as still:
+            with torch.no_grad():
+                target = still(x)
+            point = self.attack.training_point(still, x, self.threat, lambda logits: kl(target, logits), noise)
 
         def loss() -> Loss:
             natural, adversarial = net(x), net(point)

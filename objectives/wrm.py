@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from rprune.attacks.base import cross_entropy, frozen, input_gradient
+from rprune.attacks.base import at_rest, cross_entropy, input_gradient
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.objectives.base import OBJECTIVES, Loss, Objective, Step
@@ -35,9 +35,9 @@ class WRM(Objective):
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, progress: float, noise: Stream) -> Iterator[Step]:  # noqa: ARG002
         point = x
-        with frozen(net):
+        with at_rest(net, x) as still:
             for t in range(self.steps):
-                gradient, *_ = input_gradient(net, point, cross_entropy(y))
+                gradient, *_ = input_gradient(still, point, cross_entropy(y))
                 point = (point + (self.gamma * gradient - (point - x)) / math.sqrt(t + 1)).clamp(0, 1)
 
         def loss() -> Loss:

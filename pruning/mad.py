@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rprune.attacks.base import cross_entropy, frozen
+from rprune.attacks.base import at_rest, cross_entropy, frozen
 from rprune.attacks.noise import Stream
 from rprune.attacks.pgd import PGD
 from rprune.errors import UsageError
@@ -144,7 +144,8 @@ class MAD(Method):
         for index, batch in enumerate(islice(context.data(), self.batches)):
             generator = torch.Generator(batch.x.device).manual_seed(derive(context.seed, "score", index))
             goal = cross_entropy(batch.y)
-            point = self.attack.training_point(model, batch.x, context.threat, goal, Stream(generator))
+            with at_rest(model, batch.x) as still:
+                point = self.attack.training_point(still, batch.x, context.threat, goal, Stream(generator))
             for name, found in batch_damage(model, point, batch.y, self.mask_steps, self.mask_lr).items():
                 total[name] += found
         return Moving(model, choose(total, weights, budget))

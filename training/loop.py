@@ -125,10 +125,10 @@ def fit(
                     group["lr"] = settings.lr * factor(epoch, done, settings.epochs)
                 progress = (epoch + done) / settings.epochs
                 for compute in objective(model, batch.x, batch.y, progress, noise):
-                    total, loss = _gradients(model, pruner, optimizer, compute)
+                    total, loss = gradients(model, pruner, optimizer, compute)
                     if radius:
                         with perturbed(pruner, trained, radius):
-                            _gradients(model, pruner, optimizer, compute)
+                            gradients(model, pruner, optimizer, compute)
                     if settings.clip_norm is not None:
                         nn.utils.clip_grad_norm_(trained, settings.clip_norm)
                     optimizer.step()
@@ -166,9 +166,7 @@ def check_optimizer(name: str) -> None:
         raise unknown_name("optimizer", name, OPTIMIZERS)
 
 
-def _gradients(
-    model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, compute: Step
-) -> tuple[Tensor, Loss]:
+def gradients(model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, compute: Step) -> tuple[Tensor, Loss]:
     """Fresh gradients of everything that is trained; the whole loss, and the objective's."""
     model.zero_grad(set_to_none=True)
     optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,371 @@
+"""Training steps against the papers' layers, which rebuild every mask in every forward: the same gradients, less time.
+
+    python benchmarks/training_step.py --pairs 5     # "seconds" in the result file
+    python benchmarks/training_step.py --table       # prints the table of the committed result file
+
+The reference is written here from the formulas, as the authors' code computes them: each layer sorts its scores and
+scatters a mask in each forward, the attack's backward passes compute weight gradients too, TRADES computes its targets
+in each step of the attack, and one more forward serves the log. Both sides start from equal weights, scores and points;
+before anything is timed the gradients of a whole step, attack included, are compared in float64, where rounding decides
+no sign. Steps alternate in one run, on one thread, in float32; ratios are medians of pairs. "plain" is a dense step of
+PyTorch as most people write it, without sorting, with weight gradients in the attack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RESULT = Path(__file__).parent / "results" / "training_step.json"
+SHAPE, CLASSES, BATCH = (3, 32, 32), 10, 32
+EPS, DENSITY, GAMMA, DECAY, LR = 8 / 255, 0.01, 0.01, 5e-4, 0.1
+ALPHA = 0.1  # HARP: the smallest rate is ALPHA times the target
+CHECKED = 8  # images whose gradients are compared
+SAME = 1e-5  # of gradients, relative to the largest of a tensor: rates are float32
+CASES: dict[str, tuple[str, str, str, str]] = {
+    "HARP prune, PGD-10, ResNet-18": ("cifar-resnet18", "harp", "pgd-at", "papers"),
+    "HARP prune, PGD-10, VGG16": ("vgg16", "harp", "pgd-at", "papers"),
+    "HARP prune, TRADES-10, ResNet-18": ("cifar-resnet18", "harp", "trades", "papers"),
+    "PGD-10 training, ResNet-18": ("cifar-resnet18", "dense", "pgd-at", "papers"),
+    "PGD-10 training, ResNet-18, plain": ("cifar-resnet18", "dense", "pgd-at", "plain"),
+}
+OVERHEAD = ("cifar-resnet18", "vgg16")  # of our HARP step over our dense one
+
+
+# -- as the papers' code computes -------------------------------------------------------------------------------------
+class Mask(torch.autograd.Function):
+    """0 at the first ``pruned`` of the sorted scores, 1 behind; gradients straight through, to the rate their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, rate: Tensor | None, pruned: int) -> Tensor:  # noqa: ARG004
+        mask = scores.clone()
+        _, order = scores.flatten().sort()
+        flat = mask.flatten()
+        flat[order[:pruned]] = 0
+        flat[order[pruned:]] = 1
+        return flat.view(mask.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads
+        return grad, grad.sum() if ctx.needs_input_grad[1] else None, None
+
+
+def kept_share(r: Tensor, density: float) -> Tensor:
+    lowest = ALPHA * density
+    return lowest + (1 - lowest) * torch.sigmoid(r)
+
+
+class Masked(nn.Module):
+    """Convolution or linear layer with scores, and for HARP a rate, in its forward."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, r: float | None, density: float) -> None:
+        super().__init__()
+        self.layer, self.density = layer, density
+        self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=r is None)
+        size = layer.weight[0].numel()
+        scores = (6 / size) ** 0.5 * layer.weight.detach() / layer.weight.detach().abs().max()
+        self.scores = nn.Parameter(scores, requires_grad=r is not None)
+        self.r = None if r is None else nn.Parameter(torch.tensor(r))
+
+    def rate(self) -> Tensor | None:
+        return None if self.r is None else kept_share(self.r, self.density)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # in float64, where the authors' float32 is off by a weight now and then
+        share = 1.0 if self.r is None else float(kept_share(self.r.detach().double(), self.density))
+        pruned = int((1 - share) * self.scores.numel())
+        weight = self.weight * Mask.apply(self.scores.abs(), self.rate(), pruned)  # type: ignore[no-untyped-call]
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, layer.bias)
+        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
+
+
+def masked(net: nn.Module, rates: Iterator[float] | None, density: float) -> nn.Module:
+    """Every convolution and linear layer replaced, in place; ``rates``: HARP's r of each."""
+    for name, child in list(net.named_children()):
+        if isinstance(child, nn.Conv2d | nn.Linear):
+            setattr(net, name, Masked(child, None if rates is None else next(rates), density))
+        else:
+            masked(child, rates, density)
+    return net
+
+
+class Reference:
+    """A training step of the papers' code, or a plain one."""
+
+    def __init__(self, net: nn.Module, method: str, objective: str, kind: str, rates: Iterator[float] | None) -> None:
+        total = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        self.density = round(DENSITY * total) / total
+        self.net = masked(net, rates, self.density) if kind == "papers" else net
+        self.objective, self.papers = objective, kind == "papers"
+        self.layers = [module for module in self.net.modules() if isinstance(module, Masked)]
+        if method == "harp":
+            norms = [p for m in self.net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+            self.trained = [p for layer in self.layers for p in (layer.scores, layer.r) if p is not None] + norms
+            for layer in self.layers:
+                if layer.layer.bias is not None:
+                    layer.layer.bias.requires_grad_(False)
+        else:
+            self.trained = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(self.trained, LR, momentum=0.9, weight_decay=DECAY)
+
+    def gradients(self, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+        point = self._attack(x, y, start)
+        self.net.train()
+        self.optimizer.zero_grad()
+        logits = self.net(point)
+        if self.objective == "trades":
+            natural = self.net(x)
+            loss = F.cross_entropy(natural, y) + 6.0 * divergence(natural, logits).mean()
+        else:
+            loss = F.cross_entropy(logits, y)
+        rates = [rate for layer in self.layers if (rate := layer.rate()) is not None]
+        if rates:
+            sizes = [layer.weight.numel() for layer in self.layers]
+            kept = sum((size * rate for size, rate in zip(sizes, rates, strict=True)), torch.zeros(()))
+            loss = loss + GAMMA * (kept / (self.density * sum(sizes)) - 1).clamp_min(0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step(self, x: Tensor, y: Tensor, start: Tensor) -> None:
+        self.gradients(x, y, start)
+        self.optimizer.step()
+        if self.papers:
+            with torch.no_grad():
+                float((self.net(x).argmax(1) == y).float().mean())  # for the log
+
+    def _attack(self, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+        self.net.eval()
+        point = start
+        for _ in range(10):
+            point = point.detach().requires_grad_()
+            if self.objective == "trades":
+                loss = divergence(self.net(x), self.net(point)).sum()
+            else:
+                loss = F.cross_entropy(self.net(point), y)
+            loss.backward()  # type: ignore[no-untyped-call]  # weights get gradients, too
+            assert point.grad is not None
+            moved = point.detach() + EPS / 4 * point.grad.sign()
+            point = torch.minimum(torch.maximum(moved, x - EPS), x + EPS).clamp(0, 1)
+        return point.detach()
+
+
+def divergence(natural: Tensor, adversarial: Tensor) -> Tensor:
+    log_p = natural.log_softmax(1)
+    return (log_p.exp() * (log_p - adversarial.log_softmax(1))).sum(1)
+
+
+# -- as rprune does ---------------------------------------------------------------------------------------------------
+class Ours:
+    """A step of :func:`rprune.training.loop.fit`."""
+
+    def __init__(self, net: nn.Module, method: str, objective: str) -> None:
+        from rprune.models.prunable import prunable
+        from rprune.objectives.base import OBJECTIVES
+        from rprune.pruning.base import METHODS, Context, Pruner
+        from rprune.pruning.budget import Budget
+        from rprune.threat import ThreatModel
+        from rprune.training.loop import Settings, make_optimizer
+
+        self.net, self.pruner = net, Pruner(net)
+        self.objective: Any = OBJECTIVES.build(objective, threat=ThreatModel("linf", "8/255"))
+        if method == "harp":
+            sizes = {name: weight.numel() for name, weight in prunable(net).items()}
+            budget = Budget(sizes, round(DENSITY * sum(sizes.values())))
+            self.pruner = METHODS.build({"name": "harp", "gamma_step": GAMMA}).bind(net, budget, Context())
+            self.pruner.before_epoch(0)
+        self.trained = list(self.pruner.parameters())
+        for parameter in self.trained:
+            parameter.requires_grad_()
+        self.optimizer = make_optimizer(Settings(1, lr=LR, weight_decay=DECAY), self.trained)
+        self.pruner.attach(self.optimizer)
+
+    def gradients(self, x: Tensor, y: Tensor, seed: int) -> None:
+        from rprune.attacks.noise import Stream
+        from rprune.training.loop import gradients
+
+        self.net.train()
+        for compute in self.objective(self.net, x, y, 0.0, Stream(torch.Generator().manual_seed(seed))):
+            gradients(self.net, self.pruner, self.optimizer, compute)
+
+    def step(self, x: Tensor, y: Tensor, seed: int) -> None:
+        self.gradients(x, y, seed)
+        self.optimizer.step()
+        self.pruner.after_step()
+
+    def start(self, x: Tensor, seed: int) -> Tensor:
+        """Where the attack of a step begins."""
+        from rprune.attacks.noise import Stream
+
+        noise = Stream(torch.Generator().manual_seed(seed))
+        found: Tensor = self.objective.attack._start(x, self.objective.threat, noise, 0)
+        return found
+
+
+def built(arch: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    from rprune.models.registry import Architecture, build
+
+    torch.manual_seed(0)
+    net = build(Architecture(arch, CLASSES, SHAPE)).to(dtype)
+    if dtype == torch.float64:  # millions of float32 weights have equal ones, whose order is each side's own
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 1e-9 * torch.randn_like(parameter)
+    return net
+
+
+def learned(ours: Ours) -> list[Tensor]:
+    """What the papers' layers learn, in their order: weights, or scores and rates."""
+    from rprune.models.prunable import prunable
+
+    pruner: Any = ours.pruner
+    return list(pruner.scores.values()) if hasattr(pruner, "scores") else list(prunable(ours.net).values())
+
+
+def pair(case: str, dtype: torch.dtype = torch.float32) -> tuple[Ours, Reference]:
+    """Both sides of a case, at equal weights."""
+    arch, method, objective, kind = CASES[case]
+    ours = Ours(built(arch, dtype), method, objective)
+    rates = iter(ours.pruner.r.tolist()) if method == "harp" else None  # type: ignore[attr-defined]
+    return ours, Reference(built(arch, dtype), method, objective, kind, rates)
+
+
+def data(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(BATCH, *SHAPE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
+
+
+def largest_difference(name: str) -> float:
+    """Of one step's gradients in float64, relative to the largest of each tensor."""
+    ours, reference = pair(name, torch.float64)
+    x, y = data(0)
+    x, y = x[:CHECKED].double(), y[:CHECKED]
+    start = ours.start(x, 0)
+    ours.gradients(x, y, 0)
+    reference.gradients(x, y, start)
+    theirs = [layer.scores if layer.r is not None else layer.weight for layer in reference.layers]
+    if not theirs:
+        theirs = [m.weight for m in reference.net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    pairs = [(mine.grad, their.grad) for mine, their in zip(learned(ours), theirs, strict=True)]
+    if rates := [layer.r for layer in reference.layers if layer.r is not None]:
+        mine = ours.pruner.r  # type: ignore[attr-defined]
+        pairs.append((mine.grad, torch.stack([torch.zeros(()) if r.grad is None else r.grad for r in rates])))
+    found = []
+    for mine, their in pairs:
+        assert mine is not None
+        assert their is not None
+        found.append((mine - their).abs().max() / their.abs().max())
+    return float(torch.stack(found).max())  # NaN where any is
+
+
+def case(name: str, pairs: int) -> dict[str, Any]:
+    difference = largest_difference(name)
+    assert difference < SAME, f"{name}: gradients differ by {difference}"
+    ours, reference = pair(name)
+    times: list[tuple[float, float]] = []
+    for seed in range(pairs + 1):
+        x, y = data(seed)
+        start = ours.start(x, seed)
+        begun = time.process_time()
+        reference.step(x, y, start)
+        between = time.process_time()
+        ours.step(x, y, seed)
+        times.append((between - begun, time.process_time() - between))
+    return summary(name, times[1:]) | {"gradients_differ_by": difference}
+
+
+def overhead(arch: str, pairs: int) -> dict[str, Any]:
+    """Our HARP step over our dense one."""
+    harp, dense = (Ours(built(arch), method, "pgd-at") for method in ("harp", "dense"))
+    times = []
+    for seed in range(pairs + 1):
+        x, y = data(seed)
+        begun = time.process_time()
+        harp.step(x, y, seed)
+        between = time.process_time()
+        dense.step(x, y, seed)
+        times.append((between - begun, time.process_time() - between))
+    return summary(f"our HARP step over our dense PGD-10, {arch}", times[1:])
+
+
+def selection(pairs: int, size: int = 11_000_000) -> dict[str, Any]:
+    """The mask of one percent of the scores: a sort and a scatter, and ours."""
+    from rprune.pruning.masks import top_mask
+
+    times = []
+    for seed in range(pairs + 1):
+        scores = torch.randn(size, generator=torch.Generator().manual_seed(seed)).abs()
+        begun = time.process_time()
+        _, order = scores.sort()
+        mask = torch.ones(size)
+        mask[order[: size - size // 100]] = 0
+        between = time.process_time()
+        mine = top_mask(scores, size // 100)
+        times.append((between - begun, time.process_time() - between))
+        assert torch.equal(mine, mask.bool())
+    return summary("mask of 11 M scores", times[1:])
+
+
+def summary(name: str, times: list[tuple[float, float]]) -> dict[str, Any]:
+    theirs, ours = zip(*times, strict=True)
+    row = {
+        "case": name, "pairs": len(times), "ratio": statistics.median(a / b for a, b in times),
+        "reference_seconds": statistics.median(theirs), "seconds": statistics.median(ours),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def measure(pairs: int, only: str | None) -> dict[str, Any]:
+    from rprune.pipeline.environment import environment
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    rows = [case(name, pairs) for name in CASES if only is None or only in name]
+    if only is None:
+        rows += [overhead(arch, pairs) for arch in OVERHEAD] + [selection(pairs)]
+    return {
+        "command": f"python benchmarks/training_step.py --pairs {pairs}",
+        "batch": BATCH,
+        "rows": rows,
+        "seconds": round(time.monotonic() - started),
+        "environment": environment("cpu"),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| step | reference, s | rprune, s | ratio |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        cells = [row["case"], f"{row['reference_seconds']:.2f}", f"{row['seconds']:.2f}", f"{row['ratio']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of the committed result file")
+    parser.add_argument("--pairs", type=int, default=5, help="of steps, after one that warms up")
+    parser.add_argument("--only", help="cases whose names contain this")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    if not options.table:
+        found = measure(options.pairs, options.only)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(table(json.loads(options.output.read_text())))
+
+
+if __name__ == "__main__":
+    main()
