@@ -7,6 +7,7 @@ sharding or resume.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +15,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rprune.data.loaders import Rows
 from rprune.seeds import derive
+
+IMAGES = -4  # the dimension of (..., b, c, h, w) that counts images
 
 
 @runtime_checkable
@@ -32,17 +36,26 @@ class Noise(Protocol):
 class Stream:
     """Numbers drawn one after another from a generator on the images' device; the loop makes one for every epoch.
 
-    ``memory`` holds what an objective carries from batch to batch within the epoch (Free-AT's perturbation).
+    ``memory`` holds what an objective carries from batch to batch within the epoch (Free-AT's perturbation). Where the
+    images are ``rows`` of a batch, numbers are drawn for all of it, so that its parts have those that it would have.
     """
 
     generator: torch.Generator
     memory: dict[str, Tensor] = field(default_factory=dict)
+    rows: Rows | None = None
 
     def uniform(self, like: Tensor, purpose: str) -> Tensor:  # noqa: ARG002  a stream has no keys
-        return torch.rand(like.shape, generator=self.generator, device=like.device, dtype=like.dtype).mul_(2).sub_(1)
+        return self._drawn(torch.rand, like).mul_(2).sub_(1)
 
     def normal(self, like: Tensor, purpose: str) -> Tensor:  # noqa: ARG002
-        return torch.randn(like.shape, generator=self.generator, device=like.device, dtype=like.dtype)
+        return self._drawn(torch.randn, like)
+
+    def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
+        shape, rows = list(like.shape), self.rows if like.dim() >= -IMAGES else None  # one number is for all parts
+        if rows is not None:
+            shape[IMAGES] = rows.whole
+        drawn = draw(shape, generator=self.generator, device=like.device, dtype=like.dtype)
+        return drawn if rows is None or rows.share == 1 else drawn.index_select(IMAGES, rows.index.to(like.device))
 
 
 @dataclass(frozen=True)

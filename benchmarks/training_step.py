@@ -194,10 +194,11 @@ class Ours:
     def gradients(self, x: Tensor, y: Tensor, seed: int) -> None:
         from rprune.attacks.noise import Stream
         from rprune.training.loop import gradients
+        from rprune.training.world import World
 
         self.net.train()
         for compute in self.objective(self.net, x, y, 0.0, Stream(torch.Generator().manual_seed(seed))):
-            gradients(self.net, self.pruner, self.optimizer, compute)
+            gradients(self.net, self.pruner, self.optimizer, [compute], [1.0], World())
 
     def step(self, x: Tensor, y: Tensor, seed: int) -> None:
         self.gradients(x, y, seed)

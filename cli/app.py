@@ -21,6 +21,7 @@ from rprune.cli.export import export
 from rprune.cli.finetune import finetune
 from rprune.cli.gate import gate
 from rprune.cli.inspect import inspect
+from rprune.cli.launch import joined
 from rprune.cli.listing import list_
 from rprune.cli.prune import prune
 from rprune.cli.quantize import quantize
@@ -91,7 +92,8 @@ for _panel, _commands in PANELS.items():
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and exits with a documented code."""
     try:
-        app(None if arguments is None else list(arguments))
+        with joined():
+            app(None if arguments is None else list(arguments))
     except RpruneError as error:
         print_error(error)
         if os.environ.get("RPRUNE_DEBUG"):

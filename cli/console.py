@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from rprune.errors import RpruneError
+from rprune.errors import InputError, RpruneError, UsageError
 
 if TYPE_CHECKING:
     from rprune.pipeline.artifact import Artifact
@@ -44,9 +44,14 @@ def print_json(value: Any) -> None:
 
 
 def print_error(error: RpruneError) -> None:
-    stderr.print(Text.assemble(("error: ", "bold red"), error.message))
+    place, where = stderr, ""
+    if stderr.quiet:  # one of several processes, of which the first says what all of them find
+        if isinstance(error, UsageError | InputError):
+            return
+        place, where = Console(stderr=True, highlight=False, soft_wrap=True), f"[process {os.environ['RANK']}] "
+    place.print(Text.assemble(where, ("error: ", "bold red"), error.message))
     if error.hint:
-        stderr.print(Text.assemble(("hint: ", "cyan"), error.hint))
+        place.print(Text.assemble(where, ("hint: ", "cyan"), error.hint))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:

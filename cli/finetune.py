@@ -6,6 +6,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines
+from rprune.cli.launch import launched
 
 
 def finetune(
@@ -28,6 +29,7 @@ def finetune(
     arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
     force: o.Force = False,
@@ -38,6 +40,8 @@ def finetune(
     quiet: o.Quiet = False,
 ) -> None:
     """Recover accuracy and robustness with the mask held."""
+    if launched(gpus, device):
+        return
     from rprune.cli.work import work
     from rprune.pipeline.presets import pruned_by
     from rprune.pipeline.recipe import FinetuneStage, validated

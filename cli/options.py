@@ -54,6 +54,10 @@ LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate 
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step.")]
 Seed = Annotated[int, typer.Option("--seed", help="Everything random follows from it.", envvar="RPRUNE_SEED")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", envvar="RPRUNE_DEVICE")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", help="Train in so many processes, on a GPU each (on the CPU with --device cpu).", min=1),
+]
 Mean = Annotated[
     str | None, typer.Option("--mean", help="Channel means that the model subtracts, with commas, in [0,1] units.")
 ]

@@ -6,6 +6,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines
+from rprune.cli.launch import launched
 
 
 def prune(
@@ -41,6 +42,7 @@ def prune(
     arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
     force: o.Force = False,
@@ -51,6 +53,8 @@ def prune(
     quiet: o.Quiet = False,
 ) -> None:
     """Remove weights, to exactly the budget, by any method of 'rprune list methods'."""
+    if launched(gpus, device):
+        return
     from rprune.cli.work import work
     from rprune.pipeline.recipe import PruneStage, validated
     from rprune.pipeline.single import open_model

@@ -6,6 +6,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines
+from rprune.cli.launch import launched
 
 
 def quantize(
@@ -43,6 +44,7 @@ def quantize(
     norm: o.Norm = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
     force: o.Force = False,
@@ -53,6 +55,8 @@ def quantize(
     quiet: o.Quiet = False,
 ) -> None:
     """Integers in place of floats: int8 weights, uint8 activations, zeros kept."""
+    if launched(gpus, device):
+        return
     from rprune.cli.work import work
     from rprune.pipeline.recipe import QuantizeStage, validated
     from rprune.pipeline.single import Request, open_model

@@ -7,6 +7,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines, note, print_json, print_report, print_stages, print_table
+from rprune.cli.launch import launched
 
 
 def run(
@@ -14,6 +15,7 @@ def run(
     output: o.Output = None,
     settings: o.Set = None,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     dry_run: o.DryRun = False,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
     tensorboard: o.TensorBoard = None,
@@ -21,6 +23,8 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Run a recipe end to end; what is done already is reused, what was interrupted continues."""
+    if launched(gpus, device):
+        return
     from rprune.pipeline.recipe import read_recipe, shipped_recipes
     from rprune.pipeline.run import Outcome, Runner
 

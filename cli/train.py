@@ -7,6 +7,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines
+from rprune.cli.launch import launched
 
 
 def train(
@@ -25,6 +26,7 @@ def train(
     arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
     force: o.Force = False,
@@ -35,6 +37,8 @@ def train(
     quiet: o.Quiet = False,
 ) -> None:
     """Train a robust model, by any objective of 'rprune list objectives'."""
+    if launched(gpus, device):
+        return
     from rprune.cli.work import work
     from rprune.pipeline.bench import architecture
     from rprune.pipeline.recipe import TrainStage, validated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +22,29 @@ class Batch(NamedTuple):
     ids: Int64[Tensor, " b"]  # position of the sample in its split
 
 
+Part = tuple[int, int]
+"""(i, n), i from 0: every n-th sample of a batch, from the i-th on."""
+WHOLE: Part = (0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which samples of a batch of ``whole`` a part has, and their ``share`` of it.
+
+    A batch that is too small for the part gives it its first sample, with share 0.
+    """
+
+    index: Int64[Tensor, " b"]
+    whole: int
+    share: float
+
+    @classmethod
+    def of(cls, whole: int, part: Part) -> Rows:
+        place, parts = part
+        index = torch.arange(whole)[place::parts]
+        return cls(index, whole, len(index) / whole) if len(index) else cls(torch.zeros(1).long(), whole, 0.0)
+
+
 @runtime_checkable
 class Loader(Protocol):
     """Batches of one split."""
@@ -30,8 +53,17 @@ class Loader(Protocol):
         """Number of samples."""
         ...
 
-    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
-        """One epoch of training: every sample once, in an order and augmentation drawn from ``generator`` alone."""
+    def sizes(self, batch_size: int) -> list[int]:
+        """Samples of each batch of :meth:`shuffled`."""
+        ...
+
+    def shuffled(
+        self, batch_size: int, generator: torch.Generator, augment: Augment, part: Part = WHOLE
+    ) -> Iterator[Batch]:
+        """One epoch of training: every sample once, in an order and augmentation drawn from ``generator`` alone.
+
+        ``part``: of every batch those :class:`Rows`, as they are in the whole one.
+        """
         ...
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -61,10 +93,17 @@ class Resident:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
+    def sizes(self, batch_size: int) -> list[int]:
+        return _sizes(len(self), batch_size)
+
+    def shuffled(
+        self, batch_size: int, generator: torch.Generator, augment: Augment, part: Part = WHOLE
+    ) -> Iterator[Batch]:
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-        for ids in torch.split(order, batch_size):
-            yield Batch(augmented(self.images[ids], generator, augment), self.labels[ids], ids)
+        for every in torch.split(order, batch_size):
+            rows = Rows.of(len(every), part)
+            ids = every[rows.index.to(every.device)]
+            yield Batch(augmented(self.images[ids], generator, augment, rows), self.labels[ids], ids)
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         ids = torch.arange(len(self), device=self.labels.device)[:limit]
@@ -90,7 +129,12 @@ class Mixed:
     def __len__(self) -> int:
         return len(self.labelled)
 
-    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
+    def sizes(self, batch_size: int) -> list[int]:
+        return [2 * size for size in self.labelled.sizes(batch_size)]
+
+    def shuffled(
+        self, batch_size: int, generator: torch.Generator, augment: Augment, part: Part = WHOLE
+    ) -> Iterator[Batch]:
         order = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
         more = self._endless(batch_size, order, augment)
         held = next(more)
@@ -99,7 +143,9 @@ class Mixed:
             while len(held.y) < count:
                 held = _joined(held, next(more))
             other, held = (Batch(*(part[rows] for part in held)) for rows in (slice(count), slice(count, None)))
-            yield _joined(batch, other._replace(ids=other.ids + len(self.labelled)))
+            whole = _joined(batch, other._replace(ids=other.ids + len(self.labelled)))
+            rows = Rows.of(len(whole.y), part).index.to(whole.y.device)
+            yield whole if part == WHOLE else Batch(*(column[rows] for column in whole))
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         return self.labelled.ordered(batch_size, limit)
@@ -123,12 +169,20 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.split)
 
-    def shuffled(self, batch_size: int, generator: torch.Generator, augment: Augment) -> Iterator[Batch]:
-        for images, ids in self._decode(torch.randperm(len(self), generator=generator).tolist(), batch_size):
-            yield Batch(augmented(images, generator, augment), self._labels(ids), ids.to(self.device))
+    def sizes(self, batch_size: int) -> list[int]:
+        return _sizes(len(self), batch_size)
+
+    def shuffled(
+        self, batch_size: int, generator: torch.Generator, augment: Augment, part: Part = WHOLE
+    ) -> Iterator[Batch]:
+        batches = torch.split(torch.randperm(len(self), generator=generator), batch_size)
+        places = [Rows.of(len(ids), part) for ids in batches]
+        own = [ids[rows.index] for ids, rows in zip(batches, places, strict=True)]
+        for rows, (images, ids) in zip(places, self._decode(own), strict=True):
+            yield Batch(augmented(images, generator, augment, rows), self._labels(ids), ids.to(self.device))
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        for images, ids in self._decode(list(range(len(self)))[:limit], batch_size):
+        for images, ids in self._decode(torch.split(torch.arange(len(self))[:limit], batch_size)):
             yield Batch(to_unit(images), self._labels(ids), ids.to(self.device))
 
     def take(self, ids: Tensor) -> Batch:
@@ -138,9 +192,9 @@ class Streamed:
     def _labels(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.split.labels)[ids].to(self.device)
 
-    def _decode(self, order: list[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decode(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         feed = torch.utils.data.DataLoader(
-            _Decoder(self.split), batch_size=batch_size, sampler=order, num_workers=self.workers,
+            _Decoder(self.split), batch_sampler=[ids.tolist() for ids in batches], num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for images, ids in feed:
@@ -158,6 +212,10 @@ class _Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return len(self.split)
 
 
+def _sizes(total: int, batch_size: int) -> list[int]:
+    return [min(batch_size, total - start) for start in range(0, total, batch_size)]
+
+
 def _joined(first: Batch, second: Batch) -> Batch:
     return Batch(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
 
@@ -167,21 +225,25 @@ def to_unit(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 
 def augmented(
-    images: UInt8[Tensor, "b c h w"], generator: torch.Generator, augment: Augment
+    images: UInt8[Tensor, "b c h w"], generator: torch.Generator, augment: Augment, rows: Rows
 ) -> Float[Tensor, "b c h w"]:
-    """Random crop after zero padding, and horizontal flip, for a whole batch at once."""
+    """Random crop after zero padding, and horizontal flip, for a whole batch at once.
+
+    The images are ``rows`` of a batch, for all of which numbers are drawn.
+    """
     if augment == "none":
         return to_unit(images)
     count, _, height, width = images.shape
     device = images.device
     padded = torch.nn.functional.pad(images, (CROP_PADDING,) * 4)
-    top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, count), generator=generator).to(device)
-    rows = top[:, None] + torch.arange(height, device=device)
+    places = torch.randint(0, 2 * CROP_PADDING + 1, (2, rows.whole), generator=generator)
+    top, left = places[:, rows.index].to(device)
+    lines = top[:, None] + torch.arange(height, device=device)
     columns = left[:, None] + torch.arange(width, device=device)
     if augment == "crop-flip":
-        flip = torch.rand(count, generator=generator).to(device) < 0.5
+        flip = torch.rand(rows.whole, generator=generator)[rows.index].to(device) < 0.5
         columns = torch.where(flip[:, None], columns.flip(1), columns)
     batch = torch.arange(count, device=device)
     # advanced indices around the channel slice put the channels last: (b, h, w, c)
-    picked = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    picked = padded[batch[:, None, None], :, lines[:, :, None], columns[:, None, :]]
     return to_unit(picked.permute(0, 3, 1, 2).contiguous())

@@ -46,10 +46,17 @@ def classes_of(net: nn.Module) -> Predict:
     return predict
 
 
-def predictions(predict: Predict, data: Loader, *, limit: int | None = None, batch_size: int = 500) -> Predictions:
-    """Predictions for the first ``limit`` samples. A network must be in eval mode."""
+def predictions(
+    predict: Predict,
+    data: Loader,
+    *,
+    limit: int | None = None,
+    ids: Int64[Tensor, " n"] | None = None,
+    batch_size: int = 500,
+) -> Predictions:
+    """Predictions for the first ``limit`` samples, or exactly for ``ids``. A network must be in eval mode."""
     labels, predicted = [], []
-    for batch in data.ordered(batch_size, limit):
+    for batch in data.ordered(batch_size, limit) if ids is None else map(data.take, torch.split(ids, batch_size)):
         labels.append(batch.y.cpu())
         predicted.append(predict(batch.x).cpu())
     return Predictions(torch.cat(labels), torch.cat(predicted))

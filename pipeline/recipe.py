@@ -64,6 +64,7 @@ class Trained(Section):
     average_decay: Annotated[float, Field(ge=0, lt=1, description="decay of the ema at every step")] = 0.995
     awp: Annotated[float, Field(ge=0, description="relative radius of the weight perturbation; 0.005 is usual")] = 0.0
     awp_from: Annotated[int, Field(ge=0)] = 0
+    accumulate: Annotated[Positive, Field(description="parts of a batch that are computed one after another")] = 1
     select: Literal["best", "last"] = "best"
 
 

@@ -29,6 +29,7 @@ from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_
 from rprune.pipeline.verdicts import VERDICTS, Part
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
+from rprune.training.world import world
 
 STATE = "resume.pt"
 
@@ -46,7 +47,10 @@ class Outcome:
 
 
 class Runner:
-    """Runs the stages of one recipe into ``out``; interrupted at any moment, the same call continues."""
+    """Runs the stages of one recipe into ``out``; interrupted at any moment, the same call continues.
+
+    Several processes (:func:`world`) train together; the first one writes, certifies and exports.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "auto") -> None:
         """``folder``: where the recipe lies; its policy is looked for there. Nothing is written yet.
@@ -54,7 +58,7 @@ class Runner:
         Raises:
             UsageError, InputError: anything wrong with the recipe, its names, its policy or its data.
         """
-        self.recipe, self.out = recipe, out
+        self.recipe, self.out, self.here = recipe, out, world()
         self.policy: Policy | None = None if recipe.policy is None else read_policy(folder / recipe.policy)
         start = None if recipe.checkpoint is None else load_any(folder / recipe.checkpoint, recipe.model.arch)
         threat = None if recipe.threat is None else recipe.threat.model()
@@ -84,7 +88,8 @@ class Runner:
         """Run what is not done. Returns the outcome of every stage."""
         for number, stage in enumerate(self.recipe.stage, 1):
             check_ours(self._folder(number, stage))
-        self._lock()
+        if self.here.first:
+            self._lock()
         outcomes: list[Outcome] = []
         artifact = self.start
         self._dense = self.start
@@ -92,7 +97,7 @@ class Runner:
         parent = self._first_key
         for number, stage in enumerate(self.recipe.stage, 1):
             folder, key = self._folder(number, stage), self._key(stage, parent)
-            reused = stored_key(folder) == key
+            reused = self.here.shared(stored_key(folder) == key)
             if not reused:
                 self._make(stage, folder, key, artifact, certificates)
             outcome = self._read(stage, folder, reused)
@@ -157,14 +162,20 @@ class Runner:
         self, stage: Stage, folder: Path, key: str, artifact: Artifact | None, certificates: Certificates | None
     ) -> None:
         """Run a stage beside its final place and move it there when it is whole."""
-        partial = partial_folder(folder, key)
+        partial = folder.with_name(f"{folder.name}.partial")
+        if self.here.first:
+            partial = partial_folder(folder, key)
         self._work(stage, partial, artifact, certificates)
-        (partial / STATE).unlink(missing_ok=True)
-        remove_result(folder)
-        partial.replace(folder)
-        _sync(folder.parent)
+        if self.here.first:
+            (partial / STATE).unlink(missing_ok=True)
+            remove_result(folder)
+            partial.replace(folder)
+            _sync(folder.parent)
+        self.here.wait()
 
     def _work(self, stage: Stage, partial: Path, artifact: Artifact | None, certificates: Certificates | None) -> None:
+        if isinstance(stage, CertifyStage | ExportStage) and not self.here.first:
+            return
         if isinstance(stage, CertifyStage):
             assert artifact is not None
             part = Part(journal=partial / VERDICTS)
@@ -181,6 +192,8 @@ class Runner:
         if isinstance(stage, FinetuneStage) and stage.teacher is not None:
             teacher = self._dense if stage.teacher == DENSE else self.teacher
         made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE, teacher)
+        if not self.here.first:
+            return
         save_folder(made, partial)
         history = made.metadata.lineage[-1].history
         if history:

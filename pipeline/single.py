@@ -17,6 +17,7 @@ from rprune.pipeline.environment import named_code, referenced_files, source_dig
 from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, Section
 from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_stage
 from rprune.threat import ThreatModel
+from rprune.training.world import world
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,11 @@ def run_single(
     arch: Architecture | None = None,
     resume: bool = True,
 ) -> Artifact:
-    """Run one prepared stage and write its artifact. Interrupted, the same call continues."""
+    """Run one prepared stage and write its artifact. Interrupted, the same call continues.
+
+    Of several processes (:func:`world`) all run the stage, and the first one writes.
+    """
+    here = world()
     teacher = None
     if isinstance(stage, FinetuneStage) and stage.teacher is not None:
         if stage.teacher == DENSE:
@@ -125,11 +130,13 @@ def run_single(
             "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), arch and arch.name])],
         }
     )
-    partial = partial_folder(output, key, resume)
+    partial = partial_folder(output, key, resume) if here.first else output
     made = run_stage(bench, stage, source, arch, partial / "resume.pt", teacher)
-    remove_result(output)
-    save_artifact(made, output)
-    shutil.rmtree(partial)
+    if here.first:
+        remove_result(output)
+        save_artifact(made, output)
+        shutil.rmtree(partial)
+    here.wait()
     return made
 
 

@@ -17,7 +17,7 @@ from rprune.attacks.noise import Stream
 from rprune.data.loaders import Batch, Loader, loader
 from rprune.errors import InputError, WorkError
 from rprune.evaluation.accuracy import classes_of, predictions
-from rprune.evaluation.robustness import robustness
+from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
 from rprune.export.compact import compact
 from rprune.models.cost import count_macs, macs, parameters, positions
@@ -51,6 +51,7 @@ from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
 from rprune.training.loop import FitResult, Settings, check_optimizer, fit
 from rprune.training.schedules import schedule
+from rprune.training.world import world
 
 
 def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, bench: Bench, origin: Path) -> Artifact:
@@ -330,16 +331,22 @@ def _scores(bench: Bench, net: nn.Module, attack: Attack | None) -> dict[str, fl
     net.eval()
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     data = bench.loader("validation") if device == bench.device else loader(bench.data.validation, device)
-    if attack is None:
-        found = predictions(classes_of(net), data)
-        scores = {"validation_accuracy": found.correct / found.n, "score": found.correct / found.n}
+    here = world()
+    ids = chosen(len(data), None, (here.rank, here.size))  # every process takes its part
+    counts = torch.zeros(2, dtype=torch.int64)
+    if not len(ids):
+        pass
+    elif attack is None:
+        counts[:] = predictions(classes_of(net), data, ids=ids).correct
     else:
-        result = robustness(Target(net, net), data, bench.threat, (attack,), seed=bench.seed, grid=False)
-        clean = result.clean
-        robust = result.correct / clean.n
-        scores = {"validation_accuracy": clean.correct / clean.n, "validation_robust": robust, "score": robust}
+        result = robustness(Target(net, net), data, bench.threat, (attack,), seed=bench.seed, ids=ids, grid=False)
+        counts[:] = torch.tensor([result.clean.correct, result.correct])
+    here.sum_([counts])
+    clean, robust = (int(count) / len(data) for count in counts)
     net.train(was_training)
-    return scores
+    if attack is None:
+        return {"validation_accuracy": clean, "score": clean}
+    return {"validation_accuracy": clean, "validation_robust": robust, "score": robust}
 
 
 def _finished(

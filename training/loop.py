@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rprune.attacks.noise import Stream
-from rprune.data.loaders import Loader
+from rprune.data.loaders import Loader, Rows
 from rprune.data.splits import Augment
 from rprune.errors import WorkError, unknown_name
 from rprune.objectives.base import Loss, Objective, Step
@@ -23,6 +23,7 @@ from rprune.seeds import derive
 from rprune.training.averaging import Average, Kind, perturbed
 from rprune.training.schedules import schedule, warmed_up
 from rprune.training.state import load_state, save_state
+from rprune.training.world import World, world
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -34,7 +35,8 @@ class Settings:
     ``select``: "best" keeps the epoch of the highest validation score, "last" the last one. ``warmup``: epochs of
     linear warm-up. ``clip_norm``: gradients of all that is trained are scaled to at most this norm. ``average``: what
     is validated and selected is an average (:class:`Average`). ``awp``: relative radius of the adversarial weight
-    perturbation from epoch ``awp_from`` on; 0 for none.
+    perturbation from epoch ``awp_from`` on; 0 for none. ``batch_size``: images of a step, of all processes together;
+    ``accumulate``: each process takes its share of them in so many parts, one after another, which saves memory.
     """
 
     epochs: int
@@ -50,6 +52,7 @@ class Settings:
     average_decay: float = 0.995
     awp: float = 0.0
     awp_from: int = 0
+    accumulate: int = 1
     select: str = "best"
 
 
@@ -89,11 +92,14 @@ def fit(
     """Train what ``pruner`` offers, in place, and leave the model in the state of the selected epoch.
 
     All randomness of an epoch comes from (seed, epoch), so a run that resumes from ``state_file`` after any finished
-    epoch ends with the same weights, bit for bit on a CPU, as one that was never interrupted.
+    epoch ends with the same weights, bit for bit on a CPU, as one that was never interrupted. Where several processes
+    train (:func:`world`), all call this with equal arguments and end with equal weights; batch norm takes statistics
+    of each process's rows in a step, and their mean over processes after an epoch.
 
     Raises:
-        WorkError: the loss is not finite.
+        WorkError: the loss is not finite; another process has ended.
     """
+    here = world()
     trained = list(pruner.parameters())
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -103,15 +109,19 @@ def fit(
     average = None
     if settings.average != "none":
         average = Average(settings.average, settings.average_decay, pruner, trained)
-    run = _Run(model, pruner, optimizer, average, state_file)
-    steps = math.ceil(len(data) / settings.batch_size)
+    run = _Run(model, pruner, optimizer, average, state_file, here)
+    parts, sizes = here.parts(settings.accumulate), data.sizes(settings.batch_size)
+    rows = {size: [Rows.of(size, part) for part in parts] for size in set(sizes)}
     device = next(model.parameters()).device
 
     with _private_rng(device):
         for epoch in range(run.start, settings.epochs):
-            torch.manual_seed(derive(seed, "dropout", epoch))
-            order = torch.Generator().manual_seed(derive(seed, "batches", epoch))
-            noise = Stream(torch.Generator(device).manual_seed(derive(seed, "attack", epoch)))
+            torch.manual_seed(derive(seed, "dropout", epoch, *([here.rank] if here.rank else [])))
+            feeds, noises = [], []
+            for part in parts:
+                order = torch.Generator().manual_seed(derive(seed, "batches", epoch))
+                feeds.append(data.shuffled(settings.batch_size, order, augment, part))
+                noises.append(Stream(torch.Generator(device).manual_seed(derive(seed, "attack", epoch))))
             pruner.before_epoch(epoch)
             radius = max(
                 settings.awp if epoch >= settings.awp_from else 0.0,
@@ -119,25 +129,33 @@ def fit(
             )
             model.train()
             meter = _Meter(device)
-            for step, batch in enumerate(data.shuffled(settings.batch_size, order, augment)):
-                done = step / steps
+            for step, batches in enumerate(zip(*feeds, strict=True)):
+                places, done = rows[sizes[step]], step / len(sizes)
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * factor(epoch, done, settings.epochs)
                 progress = (epoch + done) / settings.epochs
-                for compute in objective(model, batch.x, batch.y, progress, noise):
-                    total, loss = gradients(model, pruner, optimizer, compute)
+                runs = [
+                    objective(model, batch.x, batch.y, progress, replace(noise, rows=place))
+                    for batch, noise, place in zip(batches, noises, places, strict=True)
+                ]
+                shares = [place.share for place in places]
+                for computes in zip(*runs, strict=True):
+                    losses, penalty = gradients(model, pruner, optimizer, computes, shares, here)
                     if radius:
                         with perturbed(pruner, trained, radius):
-                            gradients(model, pruner, optimizer, compute)
+                            gradients(model, pruner, optimizer, computes, shares, here)
                     if settings.clip_norm is not None:
                         nn.utils.clip_grad_norm_(trained, settings.clip_norm)
                     optimizer.step()
                     pruner.after_step()
                     if average is not None:
                         average.update(progress)
-                    meter.add(total, loss.logits.detach(), loss.parts, batch.y)
+                    for loss, batch, share in zip(losses, batches, shares, strict=True):
+                        meter.add(loss, penalty, batch.y if share else batch.y[:0])
+            here.mean_([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+            here.need_same([*trained, *model.parameters()])
             pruner.after_epoch(epoch)
-            values = meter.values() | pruner.log()
+            values = meter.values(here) | pruner.log()
             if not math.isfinite(values["loss"]):
                 raise WorkError(f"the loss is {values['loss']} in epoch {epoch + 1}", "lower the learning rate (lr)")
             with nullcontext() if average is None else average.applied():
@@ -166,16 +184,32 @@ def check_optimizer(name: str) -> None:
         raise unknown_name("optimizer", name, OPTIMIZERS)
 
 
-def gradients(model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, compute: Step) -> tuple[Tensor, Loss]:
-    """Fresh gradients of everything that is trained; the whole loss, and the objective's."""
+def gradients(
+    model: nn.Module,
+    pruner: Pruner,
+    optimizer: torch.optim.Optimizer,
+    computes: Sequence[Step],
+    shares: Sequence[float],
+    here: World,
+) -> tuple[list[Loss], Tensor | None]:
+    """Fresh gradients of everything that is trained, of losses and the pruner's penalty, which are returned.
+
+    ``computes``: the loss of each part of a batch that this process has; ``shares``: of the whole batch.
+    """
     model.zero_grad(set_to_none=True)
     optimizer.zero_grad(set_to_none=True)
-    loss = compute()
+    losses = []
+    for compute, share in zip(computes, shares, strict=True):
+        loss = compute()
+        (loss.value * share).backward()  # type: ignore[no-untyped-call]
+        losses.append(Loss(loss.value.detach(), loss.logits.detach(), loss.parts))
+    here.sum_([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     penalty = pruner.penalty()
-    total = loss.value if penalty is None else loss.value + penalty
-    total.backward()  # type: ignore[no-untyped-call]
+    if penalty is not None and penalty.requires_grad:  # behind the sum: every process has it whole
+        penalty.backward()  # type: ignore[no-untyped-call]
+        penalty = penalty.detach()
     pruner.before_step()
-    return total.detach(), loss
+    return losses, penalty
 
 
 class _Run:
@@ -188,13 +222,20 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         average: Average | None,
         file: Path | None,
+        here: World,
     ) -> None:
-        self.model, self.pruner, self.optimizer, self.average, self.file = model, pruner, optimizer, average, file
+        self.model, self.pruner, self.optimizer, self.average = model, pruner, optimizer, average
+        self.file = file if here.first else None
         self.history: list[EpochLog] = []
         self.best: dict[str, Any] | None = None
         self.start = 0
-        if file is not None and file.exists():
-            state = load_state(file)
+        stored = None if self.file is None or not self.file.exists() else load_state(self.file)
+        state = here.shared(stored)
+        if state is None:
+            now = here.shared(self._now())  # devices may round what was computed so far otherwise
+            if not here.first:
+                self._load(now)
+        else:
             self._load(state["now"])
             optimizer.load_state_dict(state["optimizer"])
             if average is not None:
@@ -243,17 +284,21 @@ class _Meter:
         self.sums: dict[str, Tensor] = {}
         self.zero = torch.zeros((), device=device)
 
-    def add(self, loss: Tensor, logits: Tensor, parts: dict[str, Tensor], y: Tensor) -> None:
+    def add(self, loss: Loss, penalty: Tensor | None, y: Tensor) -> None:
         count = len(y)
-        correct = (logits.argmax(1) == y).sum()
-        for name, value in {"loss": loss * count, "train_accuracy": correct, "n": self.zero + count}.items():
+        total = loss.value if penalty is None else loss.value + penalty
+        correct = (loss.logits[:count].argmax(1) == y).sum()
+        for name, value in {"loss": total * count, "train_accuracy": correct, "n": self.zero + count}.items():
             self.sums[name] = self.sums.get(name, self.zero) + value
-        for name, value in parts.items():
+        for name, value in loss.parts.items():
             self.sums[name] = self.sums.get(name, self.zero) + value * count
 
-    def values(self) -> dict[str, float]:
+    def values(self, here: World) -> dict[str, float]:
+        """Means over all samples of all processes."""
         names = list(self.sums)
-        numbers = dict(zip(names, torch.stack([self.sums[name] for name in names]).tolist(), strict=True))
+        sums = torch.stack([self.sums[name] for name in names])
+        here.sum_([sums])
+        numbers = dict(zip(names, sums.tolist(), strict=True))
         n = numbers.pop("n")
         return {name: value / n for name, value in numbers.items()}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rprune.data.loaders import CROP_PADDING, Mixed, Resident, augmented, to_unit
+from rprune.data.loaders import CROP_PADDING, WHOLE, Batch, Mixed, Resident, Rows, augmented, to_unit
 
 AUGMENTS = ("none", "crop", "crop-flip")
 
@@ -38,7 +38,7 @@ def candidates(image: Tensor, flips: tuple[bool, ...]) -> dict[bytes, tuple[int,
 def test_augmentation_makes_shifts_and_flips_alone(augment: str, flips: tuple[bool, ...]) -> None:
     assert CROP_PADDING == 4
     x = images(60)
-    got = augmented(x, torch.Generator().manual_seed(1), augment)
+    got = augmented(x, torch.Generator().manual_seed(1), augment, Rows.of(len(x), WHOLE))
     bytes_of = (got * 255).round().to(torch.uint8)
     assert torch.equal(to_unit(bytes_of), got)
     drawn = []
@@ -55,7 +55,7 @@ def test_augmentation_makes_shifts_and_flips_alone(augment: str, flips: tuple[bo
 def test_every_shift_and_flip_is_about_equally_likely() -> None:
     image = images(1)
     every = candidates(image[0], (False, True))
-    got = augmented(image.expand(8100, -1, -1, -1), torch.Generator().manual_seed(0), "crop-flip")
+    got = augmented(image.expand(8100, -1, -1, -1), torch.Generator().manual_seed(0), "crop-flip", Rows.of(8100, WHOLE))
     rows = (got * 255).round().to(torch.uint8).numpy()
     draws = [every[row.tobytes()] for row in rows]
     assert len(set(draws)) == 162
@@ -66,7 +66,7 @@ def test_every_shift_and_flip_is_about_equally_likely() -> None:
 
 def test_no_augmentation_is_exact() -> None:
     x = images()
-    got = augmented(x, torch.Generator(), "none")
+    got = augmented(x, torch.Generator(), "none", Rows.of(len(x), WHOLE))
     assert torch.equal(got, x.float() / 255)
     assert torch.equal((got * 255).to(torch.uint8), x)
     assert got.dtype == torch.float32
@@ -135,3 +135,28 @@ def test_mixed_batches_hold_as_many_extra_samples_and_every_one_in_turn():
     assert all(bool((batch.y[len(batch.y) // 2 :] == 7).all()) for batch in batches)
     again = list(mixed.shuffled(16, torch.Generator().manual_seed(0), "none"))
     assert all(torch.equal(a.x, b.x) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("kind", ["resident", "mixed"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_are_those_of_the_whole_batches(augment: str, kind: str, parts: int) -> None:
+    data: Resident | Mixed = resident(40)
+    if kind == "mixed":
+        data = Mixed(data, Resident(images(25, (3, 9, 7)), torch.full((25,), 7)))
+
+    def epoch(part: tuple[int, int]) -> list[Batch]:
+        return list(data.shuffled(13, torch.Generator().manual_seed(2), augment, part))
+
+    whole, pieces = epoch(WHOLE), [epoch((i, parts)) for i in range(parts)]
+    sizes = data.sizes(13)
+    assert [len(batch.y) for batch in whole] == sizes
+    for step, batch in enumerate(whole):
+        places = [Rows.of(sizes[step], (i, parts)) for i in range(parts)]
+        assert sum(place.share for place in places) == pytest.approx(1)
+        for piece, place in zip(pieces, places, strict=True):
+            for mine, all_ in zip(piece[step], batch, strict=True):
+                assert torch.equal(mine, all_[place.index])
+            assert place.share in (0, len(piece[step].y) / sizes[step])
+    assert len(Rows.of(1, (1, 2)).index) == 1  # a process without a sample takes one that does not count
+    assert Rows.of(1, (1, 2)).share == 0

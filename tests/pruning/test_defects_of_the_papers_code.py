@@ -51,6 +51,9 @@ class Doubled:
     def __len__(self):
         return len(self.data)
 
+    def sizes(self, batch_size):
+        return self.data.sizes(batch_size)
+
     def shuffled(self, *arguments):
         for batch in self.data.shuffled(*arguments):
             yield batch._replace(x=batch.x.double())

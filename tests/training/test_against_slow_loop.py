@@ -55,7 +55,16 @@ class OneBatch:
     def __len__(self) -> int:
         return len(self.y)
 
-    def shuffled(self, batch_size: int, generator: torch.Generator, augment: str) -> Iterator[Batch]:  # noqa: ARG002
+    def sizes(self, batch_size: int) -> list[int]:  # noqa: ARG002
+        return [len(self.y)]
+
+    def shuffled(
+        self,
+        batch_size: int,
+        generator: torch.Generator,  # noqa: ARG002
+        augment: str,  # noqa: ARG002
+        part: tuple[int, int] = (0, 1),  # noqa: ARG002
+    ) -> Iterator[Batch]:
         yield from self.ordered(batch_size)
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:  # noqa: ARG002
