@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,9 +245,9 @@ def pair(case: str, dtype: torch.dtype = torch.float32) -> tuple[Ours, Reference
     return ours, Reference(built(arch, dtype), method, objective, kind, rates)
 
 
-def data(seed: int) -> tuple[Tensor, Tensor]:
+def data(seed: int, batch: int = BATCH) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(BATCH, *SHAPE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
+    return torch.rand(batch, *SHAPE, generator=generator), torch.randint(CLASSES, (batch,), generator=generator)
 
 
 def largest_difference(name: str) -> float:
@@ -318,6 +321,34 @@ def selection(pairs: int, size: int = 11_000_000) -> dict[str, Any]:
     return summary("mask of 11 M scores", times[1:])
 
 
+def peak_bytes(arch: str, method: str, batch: int) -> int:
+    """What three steps add to a process's memory at most, the net included; measured in a process of its own."""
+    command = [sys.executable, __file__, "--peak", arch, method, str(batch)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak(arch: str, method: str, batch: str) -> int:
+    torch.set_num_threads(1)
+    Ours(built("lenet"), "dense", "pgd-at")  # imports
+    before = resident()
+    ours = Ours(built(arch), method, "pgd-at")
+    for seed in range(3):
+        ours.step(*data(seed, int(batch)), seed)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory(arch: str, batch: int) -> dict[str, Any]:
+    pruning, dense = (peak_bytes(arch, method, batch) for method in ("harp", "dense"))
+    row = {"case": f"memory, our HARP step over our dense PGD-10, {arch}, batch {batch}", "ratio": pruning / dense,
+           "bytes": pruning, "dense_bytes": dense}  # fmt: skip
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def summary(name: str, times: list[tuple[float, float]]) -> dict[str, Any]:
     theirs, ours = zip(*times, strict=True)
     row = {
@@ -340,6 +371,7 @@ def measure(pairs: int, only: str | None) -> dict[str, Any]:
         "command": f"python benchmarks/training_step.py --pairs {pairs}",
         "batch": BATCH,
         "rows": rows,
+        "memory": [memory(arch, batch) for arch in OVERHEAD for batch in (BATCH, 128)],
         "seconds": round(time.monotonic() - started),
         "environment": environment("cpu"),
     }
@@ -347,10 +379,14 @@ def measure(pairs: int, only: str | None) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| step | reference, s | rprune, s | ratio |", "|---|---|---|---|"]
+    lines = ["| | compared with, s | rprune, s | ratio |", "|---|---|---|---|"]
     for row in result["rows"]:
-        cells = [row["case"], f"{row['reference_seconds']:.2f}", f"{row['seconds']:.2f}", f"{row['ratio']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        if "our" in row["case"]:  # one of ours over another
+            times = [row["seconds"], row["reference_seconds"]]
+        else:
+            times = [row["reference_seconds"], row["seconds"]]
+        lines.append(f"| {row['case']} | {times[0]:.3g} | {times[1]:.3g} | {row['ratio']:.2f} |")
+    lines += [f"| {row['case']} | | | {row['ratio']:.2f} |" for row in result["memory"]]
     return "\n".join(lines)
 
 
@@ -360,7 +396,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="of steps, after one that warms up")
     parser.add_argument("--only", help="cases whose names contain this")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--peak", nargs=3, metavar=("ARCH", "METHOD", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak:
+        print(peak(*options.peak))
+        return
     if not options.table:
         found = measure(options.pairs, options.only)
         options.output.parent.mkdir(parents=True, exist_ok=True)

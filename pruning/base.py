@@ -180,13 +180,15 @@ class Scored(Pruner, ABC):
         """Masks of the search, which may be off the budget while a method still looks for its rates."""
 
     @abstractmethod
-    def effective(self) -> dict[str, Tensor]:
-        """Weights in use, as a function of what is learned; those alone that depend on it."""
+    def effective(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights in use by name, as a function of what is learned; those alone that depend on it."""
 
     def before_step(self) -> None:
-        effective = self.effective()
-        gradients = {name: g for name in effective if (g := self._held[name].grad) is not None}
-        torch.autograd.backward([effective[name] for name in gradients], list(gradients.values()))
+        for name, weight in self.effective():  # one layer after another, whose memory is free again for the next
+            held = self._held[name]
+            if held.grad is not None:
+                torch.autograd.backward(weight, held.grad, retain_graph=True)  # rates are shared by layers
+                held.grad = None
 
     def after_step(self) -> None:
         self.refresh()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -93,13 +93,13 @@ class HarpPruner(Rated, ScorePruner):
             for (name, n), a in zip(self.budget.sizes.items(), shares, strict=True)
         }
 
-    def effective(self) -> dict[str, Tensor]:
+    def effective(self) -> Iterator[tuple[str, Tensor]]:
         # broadcasting the rate over the layer makes dL/da the SUM of dL/dw_eff * w, as in the paper's code
         rates = straight_through(self.rates())
-        return {
-            name: w * (straight_through(self.scores[name].abs()) + rates[index])
+        return (
+            (name, w * (straight_through(self.scores[name].abs()) + rates[index]))
             for index, (name, w) in enumerate(self.weights.items())
-        }
+        )
 
     def masks(self) -> Masks:
         """The learned rates snapped to the exact budget by largest remainder."""

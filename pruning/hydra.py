@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,9 +41,9 @@ class ScorePruner(Scored):
         counts = self.counts()
         return {name: top_mask(score.abs(), counts[name]) for name, score in self.scores.items()}
 
-    def effective(self) -> dict[str, Tensor]:
+    def effective(self) -> Iterator[tuple[str, Tensor]]:
         # the mask is piecewise constant: what counts is the straight-through term, whose value is 0
-        return {name: w * straight_through(self.scores[name].abs()) for name, w in self.weights.items()}
+        return ((name, w * straight_through(self.scores[name].abs())) for name, w in self.weights.items())
 
     def masks(self) -> Masks:
         return self.current_masks()

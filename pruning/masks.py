@@ -19,7 +19,8 @@ Masks: TypeAlias = dict[str, Tensor]
 def top_mask(scores: Float[Tensor, ...], kept: int) -> Bool[Tensor, ...]:
     """True at exactly ``kept`` largest entries; among equal entries the first in memory order win, on every device.
 
-    A k-th value and a comparison instead of a sort: numpy's partition on the CPU, topk on the GPU.
+    A k-th value and a comparison instead of a sort: numpy's partition on the CPU, topk on the GPU, which counts ties
+    rather than wait for the host to know whether there are too many.
     """
     flat = scores.detach().reshape(-1)
     if kept >= flat.numel():
@@ -28,11 +29,13 @@ def top_mask(scores: Float[Tensor, ...], kept: int) -> Bool[Tensor, ...]:
         return torch.zeros_like(scores, dtype=torch.bool)
     if flat.device.type == "cpu":
         threshold = torch.from_numpy(np.partition(flat.numpy(), -kept)[-kept : flat.numel() - kept + 1])
+        mask = flat >= threshold
+        if (excess := int(mask.count_nonzero()) - kept) > 0:
+            mask[(flat == threshold).nonzero().flatten()[-excess:]] = False
     else:
         threshold = flat.topk(kept, sorted=False).values.min()
-    above = flat > threshold
-    ties = flat == threshold
-    mask = above | (ties & (ties.cumsum(0) <= kept - above.sum()))
+        above, ties = flat > threshold, flat == threshold
+        mask = above | (ties & (ties.cumsum(0) <= kept - above.sum()))
     return mask.view(scores.shape)
 
 

@@ -6,7 +6,7 @@ tied to it by residual sums, so that the network becomes smaller by as much (``e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -92,13 +92,13 @@ class ChannelScores(Scored):
         """Of each channel (channels, 1): value 0, derivative 1 with regard to what is learned of it."""
         return {name: straight_through(score.abs()) for name, score in self.scores.items()}
 
-    def effective(self) -> dict[str, Tensor]:
+    def effective(self) -> Iterator[tuple[str, Tensor]]:
         gates = self.gates()
-        return {
-            weight: self.weights[weight] * along(gates[name].repeat_interleave(block), 1, self.weights[weight].dim())
+        return (
+            (weight, self.weights[weight] * along(gates[name].repeat_interleave(block), 1, self.weights[weight].dim()))
             for name, group in self.channels.groups.items()
             for weight, block in group.consumers
-        }
+        )
 
     def best(self, kept: Kept) -> Keep:
         return self.channels.best({name: score.detach().abs() for name, score in self.scores.items()}, kept)
