@@ -20,6 +20,7 @@ from rprune.errors import InputError, RpruneError, UsageError
 if TYPE_CHECKING:
     from rprune.pipeline.artifact import Artifact
     from rprune.pipeline.attack_file import Column, Result
+    from rprune.pipeline.cost import Cost
     from rprune.reports.events import Live
     from rprune.reports.schema import Claim, Gate, Report
     from rprune.training.loop import EpochLog
@@ -171,6 +172,24 @@ def print_artifact(artifact: Artifact, where: str) -> None:
             rows.append(["MACs, dense", f"{counted['before']:,}", f"{counted['dense']:,}"])
         rows.append(["MACs, without zeros", f"{counted['dense']:,}", f"{counted['sparse']:,}"])
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
+
+
+def print_costs(costs: Sequence[tuple[str, Cost | None]]) -> None:
+    """What stages will take, from a few of their steps; None where that is not known."""
+    rows = []
+    for kind, cost in costs:
+        if cost is None:
+            rows.append([kind, "", "", "", ""])
+            continue
+        flops = f"{cost.flops:.2g}" if cost.steps else ""
+        rows.append([kind, str(cost.steps or ""), flops, _duration(cost.seconds), f"{cost.memory / 2**30:.1f} GiB"])
+    print_table("cost on this machine, from a few steps", ["stage", "steps", "FLOPs", "time", "memory"], rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def print_stages(artifacts: Sequence[tuple[Artifact, str]]) -> None:

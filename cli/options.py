@@ -89,7 +89,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 Shard = Annotated[str | None, typer.Option("--shard", help="Only part i of n, as i/n; merge the parts later.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run of the same command.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print plan and cost, and stop.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow the network, to fetch a data set.")]
 

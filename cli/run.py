@@ -6,7 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, print_json, print_report, print_stages, print_table
+from rprune.cli.console import (
+    ProgressLines,
+    note,
+    print_costs,
+    print_json,
+    print_report,
+    print_stages,
+    print_table,
+)
 from rprune.cli.launch import launched
 
 
@@ -37,10 +45,13 @@ def run(
         plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
         if dry_run:
             title = f"{content.name}: {runner.bench.threat}, {runner.bench.device}"
+            costs = runner.costs()
             if as_json:
-                print_json({"recipe": content.model_dump(mode="json"), "plan": plan})
+                told = [{"kind": kind, "cost": None if cost is None else cost.to_json()} for kind, cost in costs]
+                print_json({"recipe": content.model_dump(mode="json"), "plan": plan, "costs": told})
             else:
                 print_table(title, ["stage", "folder", ""], plan)
+                print_costs(costs)
             return
 
         def announce(outcome: Outcome) -> None:

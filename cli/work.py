@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from rprune.cli.console import ProgressLines, note, print_artifact, print_json, stdout
+from rprune.cli.console import ProgressLines, note, print_artifact, print_costs, print_json, stdout
 
 if TYPE_CHECKING:
     from rprune.models.registry import Architecture
@@ -50,8 +50,13 @@ def work(
         said = {key: value for key, value in plan.items() if value not in (None, []) and value != usual.get(key)}
         note("Plan   " + "  ".join(f"{key} {_short(value)}" for key, value in said.items()))
     if dry_run:
+        from rprune.pipeline.cost import cost
+
+        found, _ = cost(bench, stage, source, arch)
         if as_json:
-            print_json({"plan": plan})
+            print_json({"plan": plan, "cost": found.to_json()})
+        else:
+            print_costs([(str(plan["kind"]), found)])
         return
     made = run_single(bench, stage, source, output, arch=arch, resume=resume)
     if as_json:

@@ -17,6 +17,7 @@ from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
 from rprune.pipeline.bundle import Source, export
 from rprune.pipeline.certificate import sealed
 from rprune.pipeline.certifying import Certificates, certify
+from rprune.pipeline.cost import Cost, cost
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.recipe import (
     CertifyStage,
@@ -83,6 +84,22 @@ class Runner:
             rows.append((stage.kind, folder, stored_key(folder) == key))
             parent = key
         return rows
+
+    def costs(self) -> list[tuple[str, Cost | None]]:
+        """What every stage will take, done already or not; None: certify and export, whose cost hangs on the model."""
+        found: list[tuple[str, Cost | None]] = []
+        artifact = dense = self.start
+        for stage in self.recipe.stage:
+            if isinstance(stage, CertifyStage | ExportStage):
+                found.append((stage.kind, None))
+                continue
+            teacher = None
+            if isinstance(stage, FinetuneStage) and stage.teacher is not None:
+                teacher = dense if stage.teacher == DENSE else self.teacher
+            spent, artifact = cost(self.bench, stage, artifact, self.arch, teacher)
+            dense = artifact if stage.kind == "train" else dense
+            found.append((stage.kind, spent))
+        return found
 
     def run(self, announce: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
         """Run what is not done. Returns the outcome of every stage."""

@@ -135,7 +135,10 @@ def test_dry_run_writes_nothing(call, chain, tmp_path, contents):
         said = call(*command, "--dry-run", cwd=tmp_path)
         assert said.code == 0
         assert said.err.startswith("Plan ")
-        assert "plan" in call(*command, "--dry-run", "--json", cwd=tmp_path).json
+        assert "cost on this machine" in said.out
+        told = call(*command, "--dry-run", "--json", cwd=tmp_path).json
+        assert "plan" in told
+        assert set(told["cost"]) == {"steps", "flops", "seconds", "memory"}
     assert contents(tmp_path) == before
 
 
