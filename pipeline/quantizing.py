@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from rprune.attacks.pgd import PGD
 from rprune.data.loaders import loader
+from rprune.errors import UsageError
 from rprune.models.cost import positions, sparse_macs
 from rprune.models.graph import trace
 from rprune.models.prunable import prunable
@@ -71,6 +72,8 @@ def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path 
     The better of the two by validation stays; epoch 0 is calibration.
     """
     started = time.monotonic()
+    if stage.precision != "fp32":
+        raise UsageError(f"precision {stage.precision} cannot hold integers of 8 bits in training", "leave it at fp32")
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
     stage = stage.model_copy(update={"epochs": stage.epochs or EPOCHS, "lr": stage.lr or LR})
     base = flattened(source)

@@ -65,6 +65,7 @@ class Trained(Section):
     awp: Annotated[float, Field(ge=0, description="relative radius of the weight perturbation; 0.005 is usual")] = 0.0
     awp_from: Annotated[int, Field(ge=0)] = 0
     accumulate: Annotated[Positive, Field(description="parts of a batch that are computed one after another")] = 1
+    precision: Annotated[Literal["fp32", "bf16"], Field(description="of the net in training; losses are fp32")] = "fp32"
     select: Literal["best", "last"] = "best"
 
 

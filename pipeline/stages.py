@@ -102,7 +102,7 @@ def train(bench: Bench, arch: Architecture, stage: TrainStage, state_file: Path 
     started = time.monotonic()
     objective = _objective(stage.objective, bench)
     torch.manual_seed(derive(bench.seed, "weights"))
-    model = build(arch).to(bench.device)
+    model = _placed(build(arch), bench, stage)
     found = _fit(bench, "train", model, Pruner(model), objective, stage, stage.epochs, state_file)
     artifact = Artifact(_metadata("train", arch, bench, objective), _state(model))
     return _finished(artifact, bench, stage, model, objective, found, started, None)
@@ -112,7 +112,7 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
     """Exactly the budget's weights kept, by any registered method."""
     started = time.monotonic()
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
-    model = source.model(bench.device)
+    model = _placed(source.model(), bench, stage)
     method = METHODS.build(stage.method)
     budget = budget_of(stage, model, bench.data.shape)
     alive = {name: int(w.count_nonzero()) for name, w in prunable(model).items()}
@@ -196,7 +196,7 @@ def finetune(
     """Training with the mask held, and by a teacher where there is one."""
     started = time.monotonic()
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
-    model = source.model(bench.device)
+    model = _placed(source.model(), bench, stage)
     masks = {name: mask.to(bench.device) for name, mask in source.masks.items()}
     taught = objective
     if teacher is not None:
@@ -269,8 +269,14 @@ def _objective(spec: Spec | Mapping[str, Any], bench: Bench) -> Objective:
     return OBJECTIVES.build(spec, threat=bench.threat)
 
 
+def _placed(model: nn.Module, bench: Bench, stage: Trained) -> nn.Module:
+    """On its device, in the layout that kernels of its precision are fast in."""
+    layout = torch.channels_last if stage.precision == "bf16" else torch.preserve_format
+    return model.to(bench.device).to(memory_format=layout)
+
+
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
 
 
 def _metadata(stage: str, arch: Architecture, bench: Bench, objective: Objective) -> Metadata:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from rprune.attacks.noise import Stream
 from rprune.data.loaders import Loader, Rows
 from rprune.data.splits import Augment
 from rprune.errors import WorkError, unknown_name
+from rprune.models.halved import Halved
 from rprune.objectives.base import Loss, Objective, Step
 from rprune.pruning.base import Pruner
 from rprune.seeds import derive
@@ -25,6 +26,7 @@ from rprune.training.schedules import schedule, warmed_up
 from rprune.training.state import load_state, save_state
 from rprune.training.world import World, world
 
+Precision = Literal["fp32", "bf16"]
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
@@ -37,6 +39,8 @@ class Settings:
     is validated and selected is an average (:class:`Average`). ``awp``: relative radius of the adversarial weight
     perturbation from epoch ``awp_from`` on; 0 for none. ``batch_size``: images of a step, of all processes together;
     ``accumulate``: each process takes its share of them in so many parts, one after another, which saves memory.
+    ``precision`` "bf16": the objective's forwards and backwards run in bfloat16 (:class:`Halved`); weights, scores,
+    losses and validation stay in float32.
     """
 
     epochs: int
@@ -53,6 +57,7 @@ class Settings:
     awp: float = 0.0
     awp_from: int = 0
     accumulate: int = 1
+    precision: Precision = "fp32"
     select: str = "best"
 
 
@@ -103,6 +108,7 @@ def fit(
     trained = list(pruner.parameters())
     for parameter in trained:
         parameter.requires_grad_(True)
+    net = Halved(model) if settings.precision == "bf16" else model
     optimizer = make_optimizer(settings, trained)
     pruner.attach(optimizer)
     factor = warmed_up(schedule(settings.schedule), settings.warmup)
@@ -135,7 +141,7 @@ def fit(
                     group["lr"] = settings.lr * factor(epoch, done, settings.epochs)
                 progress = (epoch + done) / settings.epochs
                 runs = [
-                    objective(model, batch.x, batch.y, progress, replace(noise, rows=place))
+                    objective(net, batch.x, batch.y, progress, replace(noise, rows=place))
                     for batch, noise, place in zip(batches, noises, places, strict=True)
                 ]
                 shares = [place.share for place in places]
