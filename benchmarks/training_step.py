@@ -1,6 +1,7 @@
 """Training steps against the papers' layers, which rebuild every mask in every forward: the same gradients, less time.
 
-    python benchmarks/training_step.py --pairs 5     # "seconds" in the result file
+    python benchmarks/training_step.py --pairs 5
+    python benchmarks/training_step.py --only bfloat16
     python benchmarks/training_step.py --table       # prints the table of the committed result file
 
 The reference is written here from the formulas, as the authors' code computes them: each layer sorts its scores and
@@ -14,13 +15,13 @@ PyTorch as most people write it, without sorting, with weight gradients in the a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
     "PGD-10 training, ResNet-18": ("cifar-resnet18", "dense", "pgd-at", "papers"),
     "PGD-10 training, ResNet-18, plain": ("cifar-resnet18", "dense", "pgd-at", "plain"),
 }
-OVERHEAD = ("cifar-resnet18", "vgg16")  # of our HARP step over our dense one
+ARCHS = ("cifar-resnet18", "vgg16")
 
 
 # -- as the papers' code computes -------------------------------------------------------------------------------------
@@ -182,6 +183,7 @@ class Ours:
         from rprune.training.loop import Settings, make_optimizer
 
         self.net, self.pruner = net, Pruner(net)
+        self.attacked = net  # or what runs it otherwise
         self.objective: Any = OBJECTIVES.build(objective, threat=ThreatModel("linf", "8/255"))
         if method == "harp":
             sizes = {name: weight.numel() for name, weight in prunable(net).items()}
@@ -199,8 +201,8 @@ class Ours:
         from rprune.training.loop import gradients
         from rprune.training.world import World
 
-        self.net.train()
-        for compute in self.objective(self.net, x, y, 0.0, Stream(torch.Generator().manual_seed(seed))):
+        self.attacked.train()
+        for compute in self.objective(self.attacked, x, y, 0.0, Stream(torch.Generator().manual_seed(seed))):
             gradients(self.net, self.pruner, self.optimizer, [compute], [1.0], World())
 
     def step(self, x: Tensor, y: Tensor, seed: int) -> None:
@@ -286,7 +288,7 @@ def case(name: str, pairs: int) -> dict[str, Any]:
         between = time.process_time()
         ours.step(x, y, seed)
         times.append((between - begun, time.process_time() - between))
-    return summary(name, times[1:]) | {"gradients_differ_by": difference}
+    return summary(times[1:]) | {"gradients_differ_by": difference}
 
 
 def overhead(arch: str, pairs: int) -> dict[str, Any]:
@@ -300,7 +302,25 @@ def overhead(arch: str, pairs: int) -> dict[str, Any]:
         between = time.process_time()
         dense.step(x, y, seed)
         times.append((between - begun, time.process_time() - between))
-    return summary(f"our HARP step over our dense PGD-10, {arch}", times[1:])
+    return summary([(b, a) for a, b in times[1:]]) | {"ratio": statistics.median(a / b for a, b in times[1:])}
+
+
+def halved(arch: str, pairs: int) -> dict[str, Any]:
+    """Our HARP step in float32, and in bfloat16 and channels_last as ``precision = "bf16"`` runs it."""
+    from rprune.models.halved import Halved
+
+    full = Ours(built(arch), "harp", "pgd-at")
+    half = Ours(built(arch).to(memory_format=torch.channels_last), "harp", "pgd-at")  # type: ignore[call-overload]
+    half.attacked = Halved(half.net)
+    times = []
+    for seed in range(pairs + 1):
+        x, y = data(seed)
+        begun = time.process_time()
+        full.step(x, y, seed)
+        between = time.process_time()
+        half.step(x, y, seed)
+        times.append((between - begun, time.process_time() - between))
+    return summary(times[1:])
 
 
 def selection(pairs: int, size: int = 11_000_000) -> dict[str, Any]:
@@ -318,7 +338,7 @@ def selection(pairs: int, size: int = 11_000_000) -> dict[str, Any]:
         mine = top_mask(scores, size // 100)
         times.append((between - begun, time.process_time() - between))
         assert torch.equal(mine, mask.bool())
-    return summary("mask of 11 M scores", times[1:])
+    return summary(times[1:])
 
 
 def peak_bytes(arch: str, method: str, batch: int) -> int:
@@ -330,63 +350,83 @@ def peak_bytes(arch: str, method: str, batch: int) -> int:
 def peak(arch: str, method: str, batch: str) -> int:
     torch.set_num_threads(1)
     Ours(built("lenet"), "dense", "pgd-at")  # imports
-    before = resident()
+    before = held("VmRSS")
     ours = Ours(built(arch), method, "pgd-at")
     for seed in range(3):
         ours.step(*data(seed, int(batch)), seed)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return held("VmHWM") - before
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def held(what: str) -> int:
+    """Bytes of this process, now (VmRSS) or at most (VmHWM; getrusage's figure is at least that of the parent)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def memory(arch: str, batch: int) -> dict[str, Any]:
+def memory(arch: str, batch: int, pairs: int) -> dict[str, Any]:  # noqa: ARG001  three steps in any case
     pruning, dense = (peak_bytes(arch, method, batch) for method in ("harp", "dense"))
-    row = {"case": f"memory, our HARP step over our dense PGD-10, {arch}, batch {batch}", "ratio": pruning / dense,
-           "bytes": pruning, "dense_bytes": dense}  # fmt: skip
-    print(json.dumps(row), flush=True)
-    return row
+    return {"ratio": pruning / dense, "bytes": pruning, "dense_bytes": dense}
 
 
-def summary(name: str, times: list[tuple[float, float]]) -> dict[str, Any]:
+def summary(times: list[tuple[float, float]]) -> dict[str, Any]:
+    """Of (reference, ours)."""
     theirs, ours = zip(*times, strict=True)
-    row = {
-        "case": name, "pairs": len(times), "ratio": statistics.median(a / b for a, b in times),
+    return {
+        "ratio": statistics.median(a / b for a, b in times),
         "reference_seconds": statistics.median(theirs), "seconds": statistics.median(ours),
     }  # fmt: skip
-    print(json.dumps(row), flush=True)
-    return row
 
 
-def measure(pairs: int, only: str | None) -> dict[str, Any]:
+def plan() -> dict[str, Callable[[int], dict[str, Any]]]:
+    """What is measured, by name; each takes the number of pairs."""
+    rows: dict[str, Callable[[int], dict[str, Any]]] = {name: functools.partial(case, name) for name in CASES}
+    for arch in ARCHS:
+        rows[f"HARP over dense, {arch}"] = functools.partial(overhead, arch)
+        rows[f"bfloat16, {arch}"] = functools.partial(halved, arch)
+        for batch in (BATCH, 128):
+            rows[f"memory, {arch}, batch {batch}"] = functools.partial(memory, arch, batch)
+    return rows | {"mask of 11 M scores": selection}
+
+
+def measure(pairs: int, only: str, before: dict[str, Any]) -> dict[str, Any]:
+    """``before``: rows that are not measured anew."""
     from rprune.pipeline.environment import environment
 
     torch.set_num_threads(1)
-    started = time.monotonic()
-    rows = [case(name, pairs) for name in CASES if only is None or only in name]
-    if only is None:
-        rows += [overhead(arch, pairs) for arch in OVERHEAD] + [selection(pairs)]
+    rows = dict(before)
+    for name, run in plan().items():
+        if only in name:
+            rows[name] = run(pairs) | {"pairs": pairs}
+            print(name, json.dumps(rows[name]), flush=True)
     return {
         "command": f"python benchmarks/training_step.py --pairs {pairs}",
         "batch": BATCH,
-        "rows": rows,
-        "memory": [memory(arch, batch) for arch in OVERHEAD for batch in (BATCH, 128)],
-        "seconds": round(time.monotonic() - started),
+        "rows": {name: rows[name] for name in plan() if name in rows},
         "environment": environment("cpu"),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| | compared with, s | rprune, s | ratio |", "|---|---|---|---|"]
-    for row in result["rows"]:
-        if "our" in row["case"]:  # one of ours over another
-            times = [row["seconds"], row["reference_seconds"]]
-        else:
-            times = [row["reference_seconds"], row["seconds"]]
-        lines.append(f"| {row['case']} | {times[0]:.3g} | {times[1]:.3g} | {row['ratio']:.2f} |")
-    lines += [f"| {row['case']} | | | {row['ratio']:.2f} |" for row in result["memory"]]
+    lines = ["| step | the papers', s | rprune, s | times faster | |", "|---|---|---|---|---|"]
+    rows: dict[str, dict[str, Any]] = result["rows"]
+    for name in filter(rows.__contains__, [*CASES, "mask of 11 M scores"]):
+        row = rows[name]
+        same = "" if "gradients_differ_by" not in row else f"gradients differ by {row['gradients_differ_by']:.0e}"
+        times = f"{row['reference_seconds']:.3g} | {row['seconds']:.3g} | {row['ratio']:.1f}"
+        lines.append(f"| {name} | {times} | {same} |")
+    lines += ["", "| | ResNet-18 | VGG16 |", "|---|---|---|"]
+    for title, key in {
+        "time of a HARP step over a dense one": "HARP over dense, {}",
+        "its memory over that of a dense one, batch 32": "memory, {}, batch 32",
+        "its memory over that of a dense one, batch 128": "memory, {}, batch 128",
+        "bfloat16 in channels_last (AMX), times faster": "bfloat16, {}",
+    }.items():
+        found = [rows.get(key.format(arch), {}).get("ratio") for arch in ARCHS]
+        if any(found):
+            lines.append(
+                f"| {title} | " + " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in found) + " |"
+            )
     return "\n".join(lines)
 
 
@@ -394,7 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of the committed result file")
     parser.add_argument("--pairs", type=int, default=5, help="of steps, after one that warms up")
-    parser.add_argument("--only", help="cases whose names contain this")
+    parser.add_argument("--only", default="", help="rows whose names contain this; the others stay as they are")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--peak", nargs=3, metavar=("ARCH", "METHOD", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -402,7 +442,8 @@ def main() -> None:
         print(peak(*options.peak))
         return
     if not options.table:
-        found = measure(options.pairs, options.only)
+        before = json.loads(options.output.read_text())["rows"] if options.only and options.output.exists() else {}
+        found = measure(options.pairs, options.only, before)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(table(json.loads(options.output.read_text())))

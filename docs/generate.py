@@ -1,6 +1,6 @@
 """Write the generated documentation, or check that it is up to date (``--check``).
 
-docs/cli.md from Typer, docs/methods.md from the registries, README's tables from the results of benchmarks.
+docs/cli.md from Typer, docs/methods.md from the registries, tables of README and docs/performance.md from benchmarks.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def methods() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme() -> str:
-    """README with each block between ``<!-- table: NAME -->`` and ``<!-- end -->`` made from its benchmark's result."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def filled(file: str) -> str:
+    """A file with each block between ``<!-- table: NAME -->`` and ``<!-- end -->`` made from its benchmark's result."""
+    text = (ROOT / file).read_text(encoding="utf-8")
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
@@ -88,7 +88,7 @@ def main() -> None:
     wanted = {
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "methods.md": methods(),
-        ROOT / "README.md": readme(),
+        **{ROOT / file: filled(file) for file in ("README.md", "docs/performance.md")},
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
