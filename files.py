@@ -95,9 +95,14 @@ def remove_result(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def partial_of(path: Path) -> Path:
+    """Where work on ``path`` lies while it is unfinished."""
+    return path.with_name(f"{path.name}.partial")
+
+
 def partial_folder(path: Path, key: str, resume: bool = True) -> Path:
     """The folder beside ``path`` for unfinished work; emptied unless it was left by work with the same key."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_of(path)
     if not (resume and stored_key(partial) == key):
         shutil.rmtree(partial, ignore_errors=True)
         write_json(partial / KEY_FILE, {"key": key})

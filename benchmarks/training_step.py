@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
     "PGD-10 training, ResNet-18": ("cifar-resnet18", "dense", "pgd-at", "papers"),
     "PGD-10 training, ResNet-18, plain": ("cifar-resnet18", "dense", "pgd-at", "plain"),
 }
+TimedStep = Callable[[Tensor, Tensor, int], None]  # images, labels, seed
 ARCHS = ("cifar-resnet18", "vgg16")
 
 
@@ -279,30 +280,29 @@ def case(name: str, pairs: int) -> dict[str, Any]:
     difference = largest_difference(name)
     assert difference < SAME, f"{name}: gradients differ by {difference}"
     ours, reference = pair(name)
-    times: list[tuple[float, float]] = []
+    starts = {seed: ours.start(data(seed)[0], seed) for seed in range(pairs + 1)}
+    times = in_turns(lambda x, y, seed: reference.step(x, y, starts[seed]), ours.step, pairs)
+    return summary(times) | {"gradients_differ_by": difference}
+
+
+def in_turns(first: TimedStep, second: TimedStep, pairs: int) -> list[tuple[float, float]]:
+    """Processor seconds of both on the same batch, one after the other, after a pair that warms up."""
+    times = []
     for seed in range(pairs + 1):
         x, y = data(seed)
-        start = ours.start(x, seed)
         begun = time.process_time()
-        reference.step(x, y, start)
+        first(x, y, seed)
         between = time.process_time()
-        ours.step(x, y, seed)
+        second(x, y, seed)
         times.append((between - begun, time.process_time() - between))
-    return summary(times[1:]) | {"gradients_differ_by": difference}
+    return times[1:]
 
 
 def overhead(arch: str, pairs: int) -> dict[str, Any]:
     """Our HARP step over our dense one."""
     harp, dense = (Ours(built(arch), method, "pgd-at") for method in ("harp", "dense"))
-    times = []
-    for seed in range(pairs + 1):
-        x, y = data(seed)
-        begun = time.process_time()
-        harp.step(x, y, seed)
-        between = time.process_time()
-        dense.step(x, y, seed)
-        times.append((between - begun, time.process_time() - between))
-    return summary([(b, a) for a, b in times[1:]]) | {"ratio": statistics.median(a / b for a, b in times[1:])}
+    times = in_turns(harp.step, dense.step, pairs)
+    return summary([(b, a) for a, b in times]) | {"ratio": statistics.median(a / b for a, b in times)}
 
 
 def halved(arch: str, pairs: int) -> dict[str, Any]:
@@ -312,15 +312,7 @@ def halved(arch: str, pairs: int) -> dict[str, Any]:
     full = Ours(built(arch), "harp", "pgd-at")
     half = Ours(built(arch).to(memory_format=torch.channels_last), "harp", "pgd-at")  # type: ignore[call-overload]
     half.attacked = Halved(half.net)
-    times = []
-    for seed in range(pairs + 1):
-        x, y = data(seed)
-        begun = time.process_time()
-        full.step(x, y, seed)
-        between = time.process_time()
-        half.step(x, y, seed)
-        times.append((between - begun, time.process_time() - between))
-    return summary(times[1:])
+    return summary(in_turns(full.step, half.step, pairs))
 
 
 def selection(pairs: int, size: int = 11_000_000) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def export(
 ) -> None:
     """Write safetensors and ONNX files, check each against its source, attack them, and report."""
     from rprune.export.c.engine import stated
-    from rprune.files import refuse_overwrite, remove_result
+    from rprune.files import partial_of, refuse_overwrite, remove_result
     from rprune.pipeline.bundle import Source
     from rprune.pipeline.bundle import export as run_export
     from rprune.pipeline.recipe import ExportStage, validated
@@ -58,7 +58,7 @@ def export(
         beside = certificates_beside(model)
         place = certificates or (beside if beside.exists() else None)
         proofs = None if place is None else read_certificates(place, artifact, opened)
-        partial = output.with_name(f"{output.name}.partial")
+        partial = partial_of(output)
         shutil.rmtree(partial, ignore_errors=True)
         recipe = {"command": "export", "model": model.name, "stage": stage.model_dump(mode="json"), "seed": seed}
         report = run_export(opened, artifact, stage, partial, Source(model.stem, recipe, bar), proofs)

@@ -14,8 +14,8 @@ from datetime import timedelta
 
 import typer
 
-from rprune.cli.console import print_error, stderr, stdout
-from rprune.errors import Interrupted, UsageError, WorkError
+from rprune.cli.console import stderr, stdout
+from rprune.errors import UsageError, WorkError
 
 PATIENCE = timedelta(days=7)  # one process may export or certify for long while the others wait
 
@@ -25,6 +25,7 @@ def launched(count: int | None, device: str) -> bool:
 
     Raises:
         UsageError: there are not so many GPUs.
+        WorkError: a process was ended from outside.
         Exit: with the code of the first process that failed.
     """
     if count is None or count == 1 or _size() > 1:
@@ -48,18 +49,14 @@ def launched(count: int | None, device: str) -> bool:
     try:
         elastic_launch(config, sys.executable)("-m", "rprune", *sys.argv[1:])
     except SignalException:
-        raise Interrupted("interrupted", "what is finished is kept; the same command continues") from None
+        raise KeyboardInterrupt from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            signal = -failure.exitcode
-            print_error(
-                WorkError(
-                    f"process {rank + 1} of {count} was ended by signal {signal}, so the others were, too",
-                    "the same command goes on from the last finished epoch",
-                )
-            )
-            raise typer.Exit(WorkError.exit_code) from None
+            raise WorkError(
+                f"process {rank + 1} of {count} was ended by signal {-failure.exitcode}, so the others were, too",
+                "the same command goes on from the last finished epoch",
+            ) from None
         raise typer.Exit(failure.exitcode) from None
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -61,26 +62,22 @@ def cost(
         bench, data=replace(bench.data, validation=bench.data.validation.select(slice(0, VALIDATED))),
         reporter=Silent(), _loaders={"train": probe},
     )  # fmt: skip
-    changes: dict[str, Any] = {"epochs": min(epochs, 1)} if "epochs" in type(stage).model_fields and epochs else {}
+    changes: dict[str, Any] = {"epochs": 1} if epochs else {}
     changes |= {"data_fraction": 1.0} if isinstance(stage, PruneStage) else {}
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     started = time.monotonic()
     made = run_stage(small, stage.model_copy(update=changes), source, arch, None, teacher)
     total = time.monotonic() - started
-    started = time.monotonic()
-    _scores(small, made.model(bench.device), _objective(made.metadata.objective, bench).attack_used)
-    validation = (time.monotonic() - started) * len(bench.data.validation) / len(small.data.validation)
-    steps = epochs * len(_sizes(bench, stage, share)) if epochs else 0
-    setup = max(0.0, total - sum(probe.seconds))
-    seconds = setup + (steps * probe.seconds[-1] if steps else 0.0) + epochs * validation
+    steps, seconds = 0, max(0.0, total - sum(probe.seconds))
+    if epochs:
+        assert isinstance(stage, Trained)
+        steps = epochs * math.ceil(round(len(bench.data.train) * share) / stage.batch_size)
+        started = time.monotonic()
+        _scores(small, made.model(bench.device), _objective(made.metadata.objective, bench).attack_used)
+        validation = (time.monotonic() - started) * len(bench.data.validation) / len(small.data.validation)
+        seconds += steps * probe.seconds[-1] + epochs * validation
     return Cost(steps, float(steps * probe.flops), seconds, _memory(bench.device)), made
-
-
-def _sizes(bench: Bench, stage: Section, share: float) -> list[int]:
-    assert isinstance(stage, Trained)
-    count = round(len(bench.data.train) * share)
-    return [stage.batch_size] * -(-count // stage.batch_size)
 
 
 def _epochs(stage: Section) -> int:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError, UsageError
-from rprune.files import check_ours, digest_of, partial_folder, remove_result, stored_key, write_json, write_text
+from rprune.files import (
+    check_ours,
+    digest_of,
+    partial_folder,
+    partial_of,
+    remove_result,
+    stored_key,
+    write_json,
+    write_text,
+)
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
 from rprune.pipeline.bundle import Source, export
@@ -93,10 +102,7 @@ class Runner:
             if isinstance(stage, CertifyStage | ExportStage):
                 found.append((stage.kind, None))
                 continue
-            teacher = None
-            if isinstance(stage, FinetuneStage) and stage.teacher is not None:
-                teacher = dense if stage.teacher == DENSE else self.teacher
-            spent, artifact = cost(self.bench, stage, artifact, self.arch, teacher)
+            spent, artifact = cost(self.bench, stage, artifact, self.arch, self._taught_by(stage, dense))
             dense = artifact if stage.kind == "train" else dense
             found.append((stage.kind, spent))
         return found
@@ -147,6 +153,12 @@ class Runner:
                 return open_teacher(folder / str(stage.teacher), self.bench, self.arch.name)
         return None
 
+    def _taught_by(self, stage: Stage, dense: Artifact | None) -> Artifact | None:
+        """The teacher of a finetune stage that has one; ``dense``: the model before pruning."""
+        if not isinstance(stage, FinetuneStage) or stage.teacher is None:
+            return None
+        return dense if stage.teacher == DENSE else self.teacher
+
     @property
     def _first_key(self) -> str:
         return "" if self.start is None else self.start.identity
@@ -179,9 +191,7 @@ class Runner:
         self, stage: Stage, folder: Path, key: str, artifact: Artifact | None, certificates: Certificates | None
     ) -> None:
         """Run a stage beside its final place and move it there when it is whole."""
-        partial = folder.with_name(f"{folder.name}.partial")
-        if self.here.first:
-            partial = partial_folder(folder, key)
+        partial = partial_folder(folder, key) if self.here.first else partial_of(folder)
         self._work(stage, partial, artifact, certificates)
         if self.here.first:
             (partial / STATE).unlink(missing_ok=True)
@@ -205,10 +215,7 @@ class Runner:
             source = Source(self.recipe.name, self.recipe.model_dump(mode="json"), self.policy)
             export(self.bench, artifact, stage, partial, source, certificates)
             return
-        teacher = None
-        if isinstance(stage, FinetuneStage) and stage.teacher is not None:
-            teacher = self._dense if stage.teacher == DENSE else self.teacher
-        made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE, teacher)
+        made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE, self._taught_by(stage, self._dense))
         if not self.here.first:
             return
         save_folder(made, partial)

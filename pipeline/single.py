@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError, UsageError
-from rprune.files import digest_of, partial_folder, read_json, refuse_overwrite, remove_result, seal_of
+from rprune.files import digest_of, partial_folder, partial_of, read_json, refuse_overwrite, remove_result, seal_of
 from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
@@ -130,7 +130,7 @@ def run_single(
             "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), arch and arch.name])],
         }
     )
-    partial = partial_folder(output, key, resume) if here.first else output
+    partial = partial_folder(output, key, resume) if here.first else partial_of(output)
     made = run_stage(bench, stage, source, arch, partial / "resume.pt", teacher)
     if here.first:
         remove_result(output)

@@ -340,11 +340,9 @@ def _scores(bench: Bench, net: nn.Module, attack: Attack | None) -> dict[str, fl
     here = world()
     ids = chosen(len(data), None, (here.rank, here.size))  # every process takes its part
     counts = torch.zeros(2, dtype=torch.int64)
-    if not len(ids):
-        pass
-    elif attack is None:
+    if len(ids) and attack is None:
         counts[:] = predictions(classes_of(net), data, ids=ids).correct
-    else:
+    elif len(ids) and attack is not None:
         result = robustness(Target(net, net), data, bench.threat, (attack,), seed=bench.seed, ids=ids, grid=False)
         counts[:] = torch.tensor([result.clean.correct, result.correct])
     here.sum_([counts])
