@@ -25,6 +25,7 @@ from rprune.attacks.noise import Keyed, Noise
 from rprune.attacks.norms import within
 from rprune.errors import UsageError
 from rprune.models.folded import folded
+from rprune.phases import phase
 from rprune.registry import Configured, Registry
 from rprune.threat import ThreatModel
 
@@ -172,8 +173,10 @@ def at_rest(net: nn.Module, x: Float[Tensor, "b c h w"]) -> Iterator[nn.Module]:
 
     x: images that it takes. A net that is made for one step, such as an average over noise, wraps what is yielded.
     """
-    with frozen(net):
-        yield folded(net, x)
+    with frozen(net), phase("attack"):
+        with phase("folding"):
+            still = folded(net, x)
+        yield still
 
 
 @contextmanager

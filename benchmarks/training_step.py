@@ -307,11 +307,11 @@ def overhead(arch: str, pairs: int) -> dict[str, Any]:
 
 def halved(arch: str, pairs: int) -> dict[str, Any]:
     """Our HARP step in float32, and in bfloat16 and channels_last as ``precision = "bf16"`` runs it."""
-    from rprune.models.halved import Halved
+    from rprune.models.running import Running
 
     full = Ours(built(arch), "harp", "pgd-at")
     half = Ours(built(arch).to(memory_format=torch.channels_last), "harp", "pgd-at")  # type: ignore[call-overload]
-    half.attacked = Halved(half.net)
+    half.attacked = Running(half.net, "bf16")
     return summary(in_turns(full.step, half.step, pairs))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from rprune.certification.ibp import Interval, through
 from rprune.models.graph import NORMS, Add, Affine, batch_norm, layer, output_of, pair, shape_of, trace
-from rprune.models.halved import Halved
+from rprune.models.running import Running
 from rprune.threat import ThreatModel
 
 MEMORY = 1 << 28  # bytes of the rows that are substituted backward at once; a few times as much is needed
@@ -62,7 +62,7 @@ class Bounds:
         tighten: bool = False,
         pixels: Interval | None = None,
     ) -> None:
-        net = net.net if isinstance(net, Halved) else net  # bounds keep the precision of the weights
+        net = net.net if isinstance(net, Running) else net  # bounds keep the precision of the weights
         network = _graph(net, x)
         self.x, self.threat, self.parallel = x, threat, relaxation == "parallel"
         self.widest = max(math.prod(shape_of(node)[1:]) for node in network.graph.nodes if node.op != "output")

@@ -9,9 +9,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines, note, print_attack, print_json
-from rprune.errors import UsageError
-
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+from rprune.cli.launch import launched
 
 
 def attack(
@@ -43,6 +41,7 @@ def attack(
     std: o.Std = None,
     arch_arg: o.ArchArg = None,
     batch_size: o.BatchSize = None,
+    gpus: o.Gpus = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the search net; pays off in long runs.")] = False,
     health: o.Health = True,
     output: Annotated[
@@ -57,12 +56,15 @@ def attack(
     quiet: o.Quiet = False,
 ) -> None:
     """Robust accuracy under the strongest attacks, of a model file or of the very ONNX file that ships."""
+    if launched(gpus, device):
+        return
     from rprune.pipeline.attack_file import Plan, attack_file, check_plan, prepare_folder
     from rprune.pipeline.shipped import open_target
 
     plan = Plan(
-        suite=suite, limit=limit, shard=o.shard(shard), budget=_seconds(budget), batch_size=batch_size,
-        resume=resume, merge=tuple(merge or ()), health=health,
+        suite=suite, limit=limit, shard=o.shard(shard), batch_size=batch_size,
+        budget=math.inf if budget is None else o.seconds(budget), resume=resume,
+        merge=tuple(merge or ()), health=health,
     )  # fmt: skip
     with ProgressLines(quiet or as_json) as reporter:
         request = o.request(
@@ -87,12 +89,3 @@ def _beside(model: Path, suite: str) -> Path:
     name = model.resolve().name if not model.name else model.name
     stem = name if model.is_dir() or model.suffix == ".c" else name.removesuffix(model.suffix)
     return model.with_name(f"{stem}-{re.sub(r'[^A-Za-z0-9.-]+', '-', suite)}.attack")
-
-
-def _seconds(text: str | None) -> float:
-    if text is None:
-        return math.inf
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if not found:
-        raise UsageError(f"cannot read --budget {text}", "write a time with its unit: 90s, 10m or 2h")
-    return float(found[1]) * UNITS[found[2]]

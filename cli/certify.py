@@ -8,6 +8,7 @@ from rich.text import Text
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines, note, percent, print_json, print_table, stdout
+from rprune.cli.launch import launched
 
 if TYPE_CHECKING:
     from rprune.pipeline.single import Request
@@ -67,6 +68,7 @@ def certify(
     arch: o.Arch = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
     resume: o.Resume = True,
@@ -78,6 +80,8 @@ def certify(
 
     The certificate is bound to the bytes of model and data; --check CERTIFICATE exits 5 where it does not hold.
     """
+    if launched(gpus, device):
+        return
     from rprune.errors import UsageError
     from rprune.evaluation.certificates import SmoothedSet
     from rprune.files import refuse_overwrite, write_json
@@ -89,6 +93,7 @@ def certify(
     from rprune.pipeline.shipped import SHIPPED, certify_file, open_target
     from rprune.pipeline.single import Request, certificates_beside, open_model
     from rprune.pipeline.verdicts import Part
+    from rprune.training.world import world
 
     if checked is not None:
         if model is not None:
@@ -124,9 +129,11 @@ def certify(
         else:
             bench, source = open_model(model, request, reporter)
             written = 0
-            if vnnlib is not None:
-                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, vnnlib)
             found = run_certify(bench, source, stage, part)
+            if vnnlib is not None and world().first:
+                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, vnnlib)
+    if not world().first:
+        return
     found = sealed(found, model)
     write_json(output, found)
     part.done()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rprune.pipeline.artifact import Artifact
     from rprune.pipeline.attack_file import Column, Result
     from rprune.pipeline.cost import Cost
+    from rprune.pipeline.profiling import Phase
     from rprune.reports.events import Live
     from rprune.reports.schema import Claim, Gate, Report
     from rprune.training.loop import EpochLog
@@ -174,19 +175,24 @@ def print_artifact(artifact: Artifact, where: str) -> None:
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
 
 
-def print_costs(costs: Sequence[tuple[str, Cost | None]]) -> None:
-    """What stages will take, from a few of their steps; None where that is not known."""
+def print_costs(costs: Sequence[tuple[str, Cost]]) -> None:
+    """What stages will take, from a few of their steps."""
     rows = []
     for kind, cost in costs:
-        if cost is None:
-            rows.append([kind, "", "", "", ""])
-            continue
-        flops = f"{cost.flops:.2g}" if cost.steps else ""
-        rows.append([kind, str(cost.steps or ""), flops, _duration(cost.seconds), f"{cost.memory / 2**30:.1f} GiB"])
+        flops = f"{cost.flops:.2g}" if cost.flops else ""
+        time = f"{'at most ' * cost.at_most}{duration(cost.seconds)}"
+        rows.append([kind, str(cost.steps or ""), flops, time, f"{cost.memory / 2**30:.1f} GiB"])
     print_table("cost on this machine, from a few steps", ["stage", "steps", "FLOPs", "time", "memory"], rows)
 
 
-def _duration(seconds: float) -> str:
+def print_profile(phases: Sequence[Phase], folder: Path) -> None:
+    """One training step, the longest phases first."""
+    rows = [[phase.name, f"{1e3 * phase.seconds:.1f} ms", str(phase.calls)] for phase in phases]
+    print_table("one training step, on the CPU's clock", ["phase", "time", "calls"], rows)
+    stdout.print(Text(f"trace  {folder}/trace.json (Perfetto, chrome://tracing)\ntable  {folder}/table.txt"))
+
+
+def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

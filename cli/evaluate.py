@@ -6,6 +6,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines, note, percent, print_json, print_table
+from rprune.cli.launch import launched
 
 
 def evaluate(
@@ -22,11 +23,14 @@ def evaluate(
     arch_arg: o.ArchArg = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     download: o.Download = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Clean and robust accuracy of a model file: of its float and its 8-bit form, or of an ONNX or C file."""
+    if launched(gpus, device):
+        return
     from rprune.errors import unknown_name
     from rprune.evaluation.statistics import clopper_pearson
     from rprune.pipeline.shipped import measure, targets_of

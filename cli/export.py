@@ -8,6 +8,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines, note, print_json, print_report
+from rprune.cli.launch import launched
 
 
 def export(
@@ -31,12 +32,15 @@ def export(
     arch: o.Arch = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
+    gpus: o.Gpus = None,
     download: o.Download = False,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Write safetensors and ONNX files, check each against its source, attack them, and report."""
+    if launched(gpus, device):
+        return
     from rprune.export.c.engine import stated
     from rprune.files import partial_of, refuse_overwrite, remove_result
     from rprune.pipeline.bundle import Source
@@ -45,6 +49,7 @@ def export(
     from rprune.pipeline.single import Request, certificates_beside, open_model, read_certificates
     from rprune.reports.gate import read_policy
     from rprune.reports.text import size
+    from rprune.training.world import world
 
     chosen = None if formats is None else [name.strip() for name in formats.split(",")]
     table = o.given(formats=chosen, compact=compact, bench=bench, suite=suite, limit=limit, health=health)
@@ -59,11 +64,15 @@ def export(
         place = certificates or (beside if beside.exists() else None)
         proofs = None if place is None else read_certificates(place, artifact, opened)
         partial = partial_of(output)
-        shutil.rmtree(partial, ignore_errors=True)
+        here = world()
+        if here.first:
+            shutil.rmtree(partial, ignore_errors=True)
         recipe = {"command": "export", "model": model.name, "stage": stage.model_dump(mode="json"), "seed": seed}
         report = run_export(opened, artifact, stage, partial, Source(model.stem, recipe, bar), proofs)
-        remove_result(output)
-        partial.replace(output)
+        if here.first:
+            remove_result(output)
+            partial.replace(output)
+        here.wait()
     if as_json:
         print_json(report.to_json())
         return

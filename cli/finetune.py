@@ -34,7 +34,9 @@ def finetune(
     download: o.Download = False,
     force: o.Force = False,
     resume: o.Resume = True,
+    compiled: o.Compile = False,
     tensorboard: o.TensorBoard = None,
+    profile: o.Profile = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -47,7 +49,9 @@ def finetune(
     from rprune.pipeline.recipe import FinetuneStage, validated
     from rprune.pipeline.single import open_model
 
-    table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size, teacher=teacher)
+    table = o.given(
+        objective=objective, epochs=epochs, lr=lr, batch_size=batch_size, compile=compiled or None, teacher=teacher
+    )
     output = output or o.default_output(model, "finetuned")
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
         request = o.request(
@@ -58,6 +62,6 @@ def finetune(
         stage = validated(FinetuneStage, o.with_settings(table, settings), "options")
         bench.typed |= o.typed(table)
         work(
-            bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,
+            bench, stage, source, output, reporter, force=force, resume=resume, profile=profile, dry_run=dry_run,
             as_json=as_json, next_step=f"rprune quantize {output}",
         )  # fmt: skip

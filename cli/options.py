@@ -13,6 +13,8 @@ from rprune.errors import UsageError
 if TYPE_CHECKING:
     from rprune.pipeline.single import Request
 
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
 Model = Annotated[
     Path,
     typer.Argument(help="A file or stage folder that rprune wrote, or a state_dict (then with --arch and --data)."),
@@ -56,7 +58,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Everything random follows fro
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", envvar="RPRUNE_DEVICE")]
 Gpus = Annotated[
     int | None,
-    typer.Option("--gpus", help="Train in so many processes, on a GPU each (on the CPU with --device cpu).", min=1),
+    typer.Option("--gpus", help="Work in so many processes, on a GPU each (on the CPU with --device cpu).", min=1),
 ]
 Mean = Annotated[
     str | None, typer.Option("--mean", help="Channel means that the model subtracts, with commas, in [0,1] units.")
@@ -90,6 +92,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 Shard = Annotated[str | None, typer.Option("--shard", help="Only part i of n, as i/n; merge the parts later.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run of the same command.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print plan and cost, and stop.")]
+Profile = Annotated[
+    Path | None, typer.Option("--profile", help="Folder for a trace and a table of one step; nothing else is run.")
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the net of the training steps; for GPUs.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow the network, to fetch a data set.")]
 
@@ -102,6 +108,14 @@ def shard(text: str | None) -> tuple[int, int]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"cannot read --shard {text}", "write i/n with i from 1 to n, for example 2/8")
     return int(found[1]) - 1, int(found[2])
+
+
+def seconds(text: str) -> float:
+    """90s, 10m or 2h. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not found or not float(found[1]):
+        raise UsageError(f"cannot read --budget {text}", "write a time with its unit: 90s, 10m or 2h")
+    return float(found[1]) * UNITS[found[2]]
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def prune(
     download: o.Download = False,
     force: o.Force = False,
     resume: o.Resume = True,
+    compiled: o.Compile = False,
     tensorboard: o.TensorBoard = None,
+    profile: o.Profile = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -62,7 +64,7 @@ def prune(
     table = o.given(
         method=o.with_options(method, initial_scores=initial_scores, macs_weight=macs_weight),
         sparsity=sparsity, macs=macs, objective=objective, epochs=epochs, lr=lr, batch_size=batch_size,
-        include=include, exclude=exclude,
+        compile=compiled or None, include=include, exclude=exclude,
     )  # fmt: skip
     table, threat = o.with_preset(table, "prune", preset, method)
     stage = validated(PruneStage, o.with_settings(table, settings), "options")
@@ -84,6 +86,6 @@ def prune(
         bench, source = open_model(model, request, reporter)
         bench.typed |= o.typed(table)
         work(
-            bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,
+            bench, stage, source, output, reporter, force=force, resume=resume, profile=profile, dry_run=dry_run,
             as_json=as_json, next_step=f"rprune finetune {output}",
         )  # fmt: skip

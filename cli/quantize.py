@@ -50,6 +50,7 @@ def quantize(
     force: o.Force = False,
     resume: o.Resume = True,
     tensorboard: o.TensorBoard = None,
+    profile: o.Profile = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -74,7 +75,7 @@ def quantize(
         bench.typed |= o.typed(table)
         step = f"rprune export {output} -o DIR" if stage.bits <= 8 else f"rprune evaluate {output}"
         work(
-            bench, stage, source, output, reporter, force=force, resume=resume, dry_run=dry_run,
+            bench, stage, source, output, reporter, force=force, resume=resume, profile=profile, dry_run=dry_run,
             as_json=as_json, next_step=f"rprune certify {output}, then {step}",
         )  # fmt: skip
 

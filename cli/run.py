@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import (
     ProgressLines,
+    duration,
     note,
     print_costs,
     print_json,
+    print_profile,
     print_report,
     print_stages,
     print_table,
 )
 from rprune.cli.launch import launched
+
+if TYPE_CHECKING:
+    from rprune.pipeline.recipe import Recipe
+    from rprune.pipeline.run import Runner
 
 
 def run(
@@ -24,6 +30,10 @@ def run(
     settings: o.Set = None,
     device: o.Device = "auto",
     gpus: o.Gpus = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Fit into 90s, 10m or 2h: stages train for fewer epochs.")
+    ] = None,
+    profile: o.Profile = None,
     dry_run: o.DryRun = False,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
     tensorboard: o.TensorBoard = None,
@@ -41,17 +51,20 @@ def run(
     content = read_recipe(recipe, settings or [])
     out = output or Path("runs") / content.name
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
-        runner = Runner(content, recipe.parent, out, reporter, device)
+        limit = None if budget is None else o.seconds(budget)
+        runner = Runner(content, recipe.parent, out, reporter, device, limit)
         plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
-        if dry_run:
-            title = f"{content.name}: {runner.bench.threat}, {runner.bench.device}"
-            costs = runner.costs()
+        if profile is not None:
+            told = []
+            for folder, phases in runner.profiles(profile):
+                told.append({"folder": str(folder), "phases": [vars(phase) for phase in phases]})
+                if not as_json:
+                    print_profile(phases, folder)
             if as_json:
-                told = [{"kind": kind, "cost": None if cost is None else cost.to_json()} for kind, cost in costs]
-                print_json({"recipe": content.model_dump(mode="json"), "plan": plan, "costs": told})
-            else:
-                print_table(title, ["stage", "folder", ""], plan)
-                print_costs(costs)
+                print_json({"profiles": told})
+            return
+        if dry_run:
+            _dry_run(content, runner, plan, as_json)
             return
 
         def announce(outcome: Outcome) -> None:
@@ -72,3 +85,19 @@ def run(
                 note(f"Next: rprune verify {outcomes[-1].folder}")
     if gate and not passed:
         raise typer.Exit(1)
+
+
+def _dry_run(content: Recipe, runner: Runner, plan: list[list[str]], as_json: bool) -> None:
+    """What would be done, and what it would cost."""
+    costs = runner.costs()
+    epochs = None if runner.anytime is None else runner.fitted(costs)
+    if as_json:
+        found: dict[str, Any] = {"recipe": content.model_dump(mode="json"), "plan": plan}
+        found["costs"] = [{"kind": kind, "cost": cost.to_json()} for kind, cost in costs]
+        print_json(found if epochs is None else found | {"epochs": epochs})
+        return
+    print_table(f"{content.name}: {runner.bench.threat}, {runner.bench.device}", ["stage", "folder", ""], plan)
+    print_costs(costs)
+    if epochs is not None and runner.anytime is not None:
+        fit = ", ".join(f"{kind} {count}" for (kind, _), count in zip(costs, epochs, strict=True) if count)
+        note(f"Epochs within {duration(runner.anytime.seconds)}: {fit}.")

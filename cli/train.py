@@ -31,7 +31,9 @@ def train(
     download: o.Download = False,
     force: o.Force = False,
     resume: o.Resume = True,
+    compiled: o.Compile = False,
     tensorboard: o.TensorBoard = None,
+    profile: o.Profile = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -44,7 +46,7 @@ def train(
     from rprune.pipeline.recipe import TrainStage, validated
     from rprune.pipeline.single import open_data
 
-    table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size)
+    table = o.given(objective=objective, epochs=epochs, lr=lr, batch_size=batch_size, compile=compiled or None)
     table, threat = o.with_preset(table, "train", preset, None)
     stage = validated(TrainStage, o.with_settings(table, settings), "options")
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
@@ -64,6 +66,6 @@ def train(
         found = architecture(request.model_section(arch or "cnn-small"), bench.data)
         bench.typed |= o.typed(table)
         work(
-            bench, stage, None, output, reporter, arch=found, force=force, resume=resume, dry_run=dry_run,
-            as_json=as_json, next_step=f"rprune prune {output} --sparsity 0.99 --method harp",
+            bench, stage, None, output, reporter, arch=found, force=force, resume=resume, profile=profile,
+            dry_run=dry_run, as_json=as_json, next_step=f"rprune prune {output} --sparsity 0.99 --method harp",
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from rprune.cli.console import ProgressLines, note, print_artifact, print_costs, print_json, stdout
+from rprune.cli.console import ProgressLines, note, print_artifact, print_costs, print_json, print_profile, stdout
 
 if TYPE_CHECKING:
     from rprune.models.registry import Architecture
@@ -29,13 +29,14 @@ def work(
     arch: Architecture | None = None,
     force: bool,
     resume: bool,
+    profile: Path | None = None,
     dry_run: bool,
     as_json: bool,
     next_step: str,
 ) -> None:
     """Run one stage and show what it changed."""
     from rprune.models.registry import is_trusted
-    from rprune.pipeline.single import prepare, run_single
+    from rprune.pipeline.single import prepare, run_single, teacher_of
 
     prepare(bench, stage, source, output, arch=arch, force=force)
     plan = stage.model_dump(mode="json") | {
@@ -49,10 +50,19 @@ def work(
         usual = {key: field.default for key, field in type(stage).model_fields.items() if key not in ALWAYS}
         said = {key: value for key, value in plan.items() if value not in (None, []) and value != usual.get(key)}
         note("Plan   " + "  ".join(f"{key} {_short(value)}" for key, value in said.items()))
+    if profile is not None:
+        from rprune.pipeline.profiling import profiled
+
+        phases = profiled(bench, stage, source, arch, teacher_of(bench, stage, source), profile)
+        if as_json:
+            print_json({"plan": plan, "phases": [vars(phase) for phase in phases]})
+        else:
+            print_profile(phases, profile)
+        return
     if dry_run:
         from rprune.pipeline.cost import cost
 
-        found, _ = cost(bench, stage, source, arch)
+        found, _ = cost(bench, stage, source, arch, teacher_of(bench, stage, source))
         if as_json:
             print_json({"plan": plan, "cost": found.to_json()})
         else:

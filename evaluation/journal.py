@@ -1,18 +1,27 @@
-"""An append-only file of JSON lines that survives a kill; its first line says what the others hold for."""
+"""An append-only file of JSON lines that survives a kill; its first line says what the others hold for.
+
+Several processes write a file each, beside the one that all of them end with.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
+
+from jaxtyping import Int64
+from torch import Tensor
 
 from rprune.errors import InputError, UsageError
 from rprune.files import canonical_json, digest_of
+from rprune.training.world import world
 
 Kind = TypeVar("Kind", bound="Journal")
 
@@ -30,25 +39,90 @@ class Journal(ABC):
     path: Path | None = None
 
     @classmethod
-    def open(cls: type[Kind], path: Path, key: Mapping[str, Any], *, resume: bool = True) -> Kind:
+    def open(
+        cls: type[Kind], path: Path, key: Mapping[str, Any], *, resume: bool = True, merge: Sequence[Path] = ()
+    ) -> Kind:
         """The journal of a file, which the first line creates; a line that was cut off is dropped.
 
-        Without ``resume`` a file that is there is deleted. Raises UsageError for a file with another key, InputError
-        for one that is none.
+        What processes of an earlier run left beside it is taken in, as is what :meth:`merge` makes of other files.
+        Without ``resume`` what is there is deleted. Of several processes (:func:`world`) the first one has the file,
+        and each of the others one of its own beside it; all know the rows. Raises UsageError for a file with another
+        key, InputError for one that is none.
         """
-        journal = cls(key, path)
-        if path.exists():
-            if resume and (whole := journal._load(path)):
-                with path.open("r+b") as file:
-                    file.truncate(whole)
-            else:
-                journal._bytes(path)  # nothing else is deleted
-                path.unlink()
+        journal, here = cls(key, path), world()
+        if here.first:
+            if path.exists():
+                if resume and (whole := journal._load(path)):
+                    with path.open("r+b") as file:
+                        file.truncate(whole)
+                else:
+                    journal._bytes(path)  # nothing else is deleted
+                    path.unlink()
+            for part in sorted(path.parent.glob(f"{glob.escape(path.name)}.*of*")):
+                if resume:
+                    journal._absorb(part)
+                part.unlink()
+            for other in merge:
+                journal.merge(other)
+        known = here.shared(journal._text())
+        if not here.first:
+            journal._take_text(known)
+            journal.path = path.with_name(f"{path.name}.{here.rank + 1}of{here.size}")
         return journal
+
+    def spread(self: Kind, ids: Int64[Tensor, " n"], work: Callable[[Kind, Int64[Tensor, " m"]], None]) -> None:
+        """``work`` on samples, into this journal. Of several processes (:func:`world`) each takes its share of them.
+
+        In the end all know the rows of all, and the first one's file holds them.
+        """
+        here = world()
+        if here.size == 1:
+            work(self, ids)
+            return
+        home = self.path
+        with TemporaryDirectory() as folder:
+            self.path = home or Path(folder) / "rows"
+            work(self, ids[here.rank :: here.size])
+            texts = here.gathered(self._text())
+        self.path = home if here.first else None
+        for text in texts:
+            other = type(self)(self.key)
+            other._take_text(text)
+            self._take_over(other)
+        self.path = home
+        if home is not None and not here.first:
+            home.unlink(missing_ok=True)
+
+    def merge(self, path: Path) -> None:
+        """Take over the rows of another file with the same key: a shard, or an earlier run.
+
+        Raises UsageError, InputError as :meth:`open`.
+        """
+        self._absorb(path)
 
     @abstractmethod
     def _take_line(self, line: dict[str, Any]) -> None:
         """Take over one line of a file."""
+
+    @abstractmethod
+    def _take_over(self: Kind, other: Kind) -> None:
+        """Add the rows that are not there yet."""
+
+    def _absorb(self: Kind, path: Path) -> None:
+        other = type(self)(self.key)
+        other._load(path)
+        self._take_over(other)
+
+    def _text(self) -> str:
+        return self.path.read_text(encoding="utf-8") if self.path is not None and self.path.exists() else ""
+
+    def _take_text(self, text: str, path: Path | None = None) -> None:
+        """Whole lines of a file; ``path``: of one that has to have this key."""
+        head, *lines = map(json.loads, text.splitlines() or ["{}"])
+        if path is not None:
+            self._need_key(path, head["key"])
+        for line in lines:
+            self._take_line(line)
 
     def _append(self, line: dict[str, Any]) -> None:
         if self.path is None:
@@ -77,10 +151,7 @@ class Journal(ABC):
         if not whole:  # cut within its first line
             return 0
         try:
-            head, *lines = map(json.loads, data[:whole].decode().splitlines())
-            self._need_key(path, head["key"])
-            for line in lines:
-                self._take_line(line)
+            self._take_text(data[:whole].decode(), path)
         except (ValueError, KeyError, TypeError, zlib.error) as error:
             raise self._unusable(f"{path} is not a {self.WHAT}: {error}") from None
         return whole

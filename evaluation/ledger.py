@@ -11,7 +11,6 @@ import base64
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -60,13 +59,7 @@ class Ledger(Journal):
         self.rows: dict[str, dict[int, Row]] = {}
         self.witnesses: dict[int, tuple[str, Witness]] = {}  # sample -> the attack that broke it first, and its point
 
-    def merge(self, path: Path) -> None:
-        """Take over the rows of another file with the same key: a shard, or an earlier run.
-
-        Raises UsageError, InputError as :meth:`open`.
-        """
-        other = Ledger(self.key)
-        other._load(path)
+    def _take_over(self, other: Ledger) -> None:
         self.add_clean({i: row for i, row in other.clean.items() if i not in self.clean})
         for attack, rows in other.rows.items():
             self.add(attack, {i: row for i, row in rows.items() if i not in self.rows.get(attack, {})})

@@ -65,6 +65,7 @@ def robustness(
     budget: float = math.inf,
     certified: Bool[Tensor, " n"] | None = None,
     grid: bool = True,
+    together: bool = False,
     on_progress: Progress = lambda name, done, robust, total: None,
 ) -> Robustness:
     """Attack samples, each attack on all that the artifact still gets right: the pointwise worst case.
@@ -78,6 +79,8 @@ def robustness(
         budget: seconds after which no further batch begins; the outcome is then not ``complete``.
         certified: by sample id, those proved robust under this threat. They are skipped but for one cheap PGD.
         grid: look for a point of 8-bit pixels for every broken sample (a search of its own where rounding fails).
+        together: all processes (:func:`rprune.training.world.world`) call this with equal arguments, each attacks its
+            share of the samples, and all return the outcome of all.
 
     The outcome is not ``complete`` either when the target has no net with gradients for attacks that need one.
 
@@ -88,34 +91,44 @@ def robustness(
     ledger = Ledger() if ledger is None else ledger
     plan = planned(attacks, target)
     ids = chosen(len(data), limit) if ids is None else ids
-    batch_size = batch_size or usual_batch(data.take(ids[:1]).x)
+    rows_at_once = batch_size or usual_batch(data.take(ids[:1]).x)
     deadline = time.monotonic() + budget
-    for batch in _batches(data, (i for i in ids.tolist() if i not in ledger.clean), batch_size):
-        found = target.verdict(batch.x).tolist()
-        ledger.add_clean({i: Clean(*row) for i, *row in zip(batch.ids.tolist(), batch.y.tolist(), found, strict=True)})
+
+    def search(ledger: Ledger, ids: Tensor) -> None:
+        for batch in _batches(data, (i for i in ids.tolist() if i not in ledger.clean), rows_at_once):
+            found = zip(batch.ids.tolist(), batch.y.tolist(), target.verdict(batch.x).tolist(), strict=True)
+            ledger.add_clean({i: Clean(*row) for i, *row in found})
+        right, proved = _right(ledger, ids, certified)
+        if proved and target.search is not None:
+            _cross_check(target, data, threat, sorted(proved), seed, rows_at_once)
+        for step in plan:
+            if step.net is None:
+                continue
+            done = ledger.tried(step.name)
+            open_ids = [i for i in right if i not in ledger.witnesses and i not in proved]
+            waiting = [i for i in open_ids if i not in done]
+            robust, count = len(open_ids) + len(proved), len(open_ids) - len(waiting)
+            if waiting:
+                on_progress(step.name, count, robust, len(open_ids))
+            for batch in _batches(data, waiting, rows_at_once):
+                if time.monotonic() > deadline:
+                    break
+                rows = _attack(step, target, batch, threat, seed, grid)
+                ledger.add(step.name, rows)
+                count, robust = count + len(rows), robust - sum(row.witness is not None for row in rows.values())
+                on_progress(step.name, count, robust, len(open_ids))
+
+    if together:
+        ledger.spread(ids, search)
+    else:
+        search(ledger, ids)
+    return _outcome(ledger, plan, ids, *_right(ledger, ids, certified))
+
+
+def _right(ledger: Ledger, ids: Tensor, certified: Tensor | None) -> tuple[list[int], set[int]]:
+    """Samples that the artifact gets right, and those of them that are proved."""
     right = [i for i in ids.tolist() if ledger.clean[i].label == ledger.clean[i].predicted]
-    proved = {i for i in right if certified is not None and i < len(certified) and bool(certified[i])}
-    if proved and target.search is not None:
-        _cross_check(target, data, threat, sorted(proved), seed, batch_size)
-    complete = all(step.net is not None or step.kind == "transfer" for step in plan)
-    for step in plan:
-        if step.net is None:
-            continue
-        done = ledger.tried(step.name)
-        open_ids = [i for i in right if i not in ledger.witnesses and i not in proved]
-        waiting = [i for i in open_ids if i not in done]
-        robust, count = len(open_ids) + len(proved), len(open_ids) - len(waiting)
-        if waiting:
-            on_progress(step.name, count, robust, len(open_ids))
-        for batch in _batches(data, waiting, batch_size):
-            if time.monotonic() > deadline:
-                complete = False
-                break
-            rows = _attack(step, target, batch, threat, seed, grid)
-            ledger.add(step.name, rows)
-            count, robust = count + len(rows), robust - sum(row.witness is not None for row in rows.values())
-            on_progress(step.name, count, robust, len(open_ids))
-    return _outcome(ledger, plan, ids, proved, complete)
+    return right, {i for i in right if certified is not None and i < len(certified) and bool(certified[i])}
 
 
 def planned(attacks: Sequence[Attack], target: Target) -> list[_Step]:
@@ -258,7 +271,11 @@ def _cross_check(
             )
 
 
-def _outcome(ledger: Ledger, plan: list[_Step], ids: Tensor, proved: set[int], complete: bool) -> Robustness:
+def _outcome(ledger: Ledger, plan: list[_Step], ids: Tensor, right: list[int], proved: set[int]) -> Robustness:
+    left = {i for i in right if i not in ledger.witnesses and i not in proved}
+    complete = all(
+        step.kind == "transfer" if step.net is None else ledger.tried(step.name).keys() >= left for step in plan
+    )
     ids = ids.sort().values
     order = ids.tolist()
     clean = [ledger.clean[i] for i in order]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rprune.models.graph import batch_norm
-from rprune.models.halved import Halved
+from rprune.models.running import Running
 
 CLOSE = 1e-3  # of logits, relative to the largest: folding rounds otherwise
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -26,8 +26,8 @@ def folded(net: nn.Module, x: Tensor) -> nn.Module:
     ``net`` is in eval mode; ``x``: images that it takes, on which the two are compared once. The result is valid until
     the net's weights change. Gradients flow to the images alone.
     """
-    if isinstance(net, Halved):
-        return Halved(folded(net.net, x)).eval()
+    if isinstance(net, Running):
+        return net.like(folded(net.net, x)).eval()
     if any(getattr(module, name) for module in net.modules() for name in HOOKS):
         return net  # a hook has to see what it was set up for
     kept = _KEPT.get(net)

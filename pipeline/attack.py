@@ -26,6 +26,7 @@ from rprune.files import write_text
 from rprune.pipeline.artifact import save_tensors
 from rprune.pipeline.environment import referenced_files, source_digest
 from rprune.threat import ThreatModel
+from rprune.training.world import world
 
 PROBE = 128  # samples that the checks of health look at
 
@@ -68,12 +69,15 @@ def assess(
     health: bool = True,
     on_progress: Progress = lambda name, done, robust, total: None,
 ) -> Assessment:
-    """Run a suite (see :func:`robustness`), then its checks of health and the curve, unless ``health`` is False."""
+    """Run a suite (see :func:`robustness`), then its checks of health and the curve, unless ``health`` is False.
+
+    Several processes (:func:`world`) attack together; the first one alone looks at health and curve.
+    """
     outcome = robustness(
         target, data, threat, attacks, seed=seed, ids=ids, limit=limit, batch_size=batch_size, ledger=ledger,
-        budget=budget, certified=certified, on_progress=on_progress,
+        budget=budget, certified=certified, together=True, on_progress=on_progress,
     )  # fmt: skip
-    if not health:
+    if not health or not world().first:
         return Assessment(outcome)
     right = outcome.ids[outcome.clean.right]
     probe = data.take(right[:PROBE])

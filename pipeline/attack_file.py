@@ -22,6 +22,7 @@ from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.shipped import Opened
 from rprune.reports.schema import Claim
 from rprune.threat import ThreatModel
+from rprune.training.world import world
 
 SCHEMA = "rprune.attack/1"
 
@@ -102,6 +103,8 @@ def check_plan(plan: Plan, opened: Opened) -> None:
 
 def prepare_folder(out: Path, force: bool) -> None:
     """The folder of an attack; an earlier one in it is continued. Raises UsageError when it is not rprune's."""
+    if not world().first:
+        return
     check_ours(out)
     if out.is_file():
         raise UsageError(f"{out} is a file", "choose another -o: it becomes a folder")
@@ -114,6 +117,8 @@ def prepare_folder(out: Path, force: bool) -> None:
 def attack_file(opened: Opened, plan: Plan, out: Path) -> Result:
     """Run every column of the plan's suite, with ledgers and evidence in ``out``; called again, it continues.
 
+    Of several processes (:func:`world`) each attacks its share of the samples, and the first one writes the result.
+
     Raises:
         UsageError: unknown suite, or a ledger of another attack.
         WorkError: a certified sample was broken.
@@ -123,7 +128,8 @@ def attack_file(opened: Opened, plan: Plan, out: Path) -> Result:
     for threat in _threats(name, opened.bench.threat):
         for column, suite in TABLES.get(name, {name: name}).items():
             result.columns.append(_column(opened, plan, out, column, suite, threat))
-    write_json(out / "attack.json", result.to_json())
+    if world().first:
+        write_json(out / "attack.json", result.to_json())
     return result
 
 
@@ -151,16 +157,16 @@ def _column(opened: Opened, plan: Plan, out: Path, column: str, suite: str, thre
     # of a table the strongest column, its last, is examined; the others are there to be compared
     examined = plan.health and plan.shard == (0, 1) and (table is None or column == list(table)[-1])
     folder = out if alone else out / f"{suite}-{digest_of(str(threat))[:6]}"
-    ledger = Ledger.open(folder / "ledger.jsonl", key, resume=plan.resume)
-    for other in plan.merge:
-        ledger.merge(other / "ledger.jsonl" if other.is_dir() else other)
+    others = [o / folder.relative_to(out) / "ledger.jsonl" if o.is_dir() else o for o in plan.merge]
+    ledger = Ledger.open(folder / "ledger.jsonl", key, resume=plan.resume, merge=others)
     found = assess(
         target, test, threat, attacks, seed=bench.seed, ids=chosen(len(test), plan.limit, plan.shard), ledger=ledger,
         batch_size=plan.batch_size, budget=plan.budget, health=examined,
         on_progress=lambda name, *counts: bench.reporter.progress(name if alone else f"{column}: {name}", *counts),
     )  # fmt: skip
-    write_evidence(folder, found.outcome, bench.data.shape)
-    write_text(folder / "samples.jsonl", ledger.canonical())
+    if world().first:
+        write_evidence(folder, found.outcome, bench.data.shape)
+        write_text(folder / "samples.jsonl", ledger.canonical())
     settings = {
         "seed": bench.seed, "gradient": opened.gradient, "verdict": opened.verdict, "suite": key["suite"],
         "broken": len(found.outcome.broken_ids), "queries": int(found.outcome.queries.sum()),

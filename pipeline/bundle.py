@@ -60,6 +60,7 @@ from rprune.reports.schema import (
     Threat,
     read_report,
 )
+from rprune.training.world import world
 
 LEDGER = ".ledger.jsonl"
 FORMS = [name for name, role in FILES.items() if role not in ("masks", "c-header")]  # of the whole network
@@ -98,17 +99,20 @@ def export(
 ) -> Report:
     """Write the bundle into the empty folder ``out`` and return its sealed report.
 
+    Several processes (:func:`world`) attack together; the first one does the rest.
+
     Raises:
         WorkError: a file disagrees with what it was made from, or the claims contradict each other.
         UsageError: unknown attack suite.
     """
-    started = time.monotonic()
+    started, here = time.monotonic(), world()
     attacks = bench.suite(stage.suite)
     if stage.compact:
         artifact = compacted(bench, artifact)
     deployed = Deployed.of(artifact)
     model, twin = deployed.model, deployed.twin
-    fidelity = write_models(deployed, stage.formats, bench, out)
+    fidelity = write_models(deployed, stage.formats, bench, out) if here.first else []
+    here.wait()
     stored = {name: stored_weights(out / name) for name in ("model.onnx", "model.int8.onnx") if (out / name).exists()}
     integers = None if deployed.quantization is None else _integers(deployed.quantization)
     sparsity = _sparsity(artifact.metadata, list(prunable(model)), stored, exact=integers is None or integers.bits >= 8)
@@ -123,6 +127,9 @@ def export(
         found = _attack(bench, target, out / name, attacks, stage, role, proved if role == main else None)
         settings = _settings(bench, target, found, name)
         claims += empirical_claims(found, bench.threat, role, file_digest(out / name), stage.suite, settings)
+    if not here.first:
+        here.wait()
+        return read_report(out)
     result = found.outcome
     if certificates is not None:
         claims += certified_claims(bench, certificates, out / shipped[main], main, fidelity)
@@ -145,6 +152,7 @@ def export(
     # a rendering, not a subject: it shows the id of the report, which covers the subjects
     report = read_report(out)
     write_text(out / "report.html", render_html(report, broken_samples(out, report, bench.data.test)))
+    here.wait()
     return report
 
 
@@ -258,7 +266,8 @@ def _attack(
         certified=proved, health=stage.health,
         on_progress=lambda name, *counts: bench.reporter.progress(f"{name} on {role}", *counts),
     )  # fmt: skip
-    path.with_suffix(LEDGER).unlink()
+    if world().first:
+        path.with_suffix(LEDGER).unlink()
     return found
 
 

@@ -119,18 +119,22 @@ def bounded(
     """The cascade at eps, and intervals alone at fractions of it, where what holds at more holds too."""
     test, exact = loader(bench.data.test, torch.device("cpu")), of_integers(network)
     lower = [threat.scaled(factor) for factor in LOWER]
-    left = torch.tensor(verdicts.missing("bounds", ids), dtype=torch.int64)
-    for block in _blocks(left, CHEAP_BLOCK if methods == ("ibp",) else BLOCK):
-        report = _counting(bench, threat, verdicts.rows("bounds", ids), len(ids))
-        report({})
-        broken = _falsified(bench, network, test, threat, stage, block)
-        found = certify_bounds(network, test, threat, methods, falsified=broken, ids=block, on_progress=report)
-        sure, looser = found.proved, []
-        for less in lower:
-            sure = sure | certify_bounds(network, test, less, ("ibp",), ids=block).proved
-            looser.append(sure.int())
-        rows = _rows(found, torch.stack(looser, 1).tolist())
-        verdicts.add("bounds", dict(zip(block.tolist(), rows, strict=True)))
+
+    def prove(verdicts: Verdicts, own: Tensor) -> None:
+        total = len(verdicts.rows("bounds", ids)) + len(own)
+        for block in _blocks(own, CHEAP_BLOCK if methods == ("ibp",) else BLOCK):
+            report = _counting(bench, threat, verdicts.rows("bounds", ids), total)
+            report({})
+            broken = _falsified(bench, network, test, threat, stage, block)
+            found = certify_bounds(network, test, threat, methods, falsified=broken, ids=block, on_progress=report)
+            sure, looser = found.proved, []
+            for less in lower:
+                sure = sure | certify_bounds(network, test, less, ("ibp",), ids=block).proved
+                looser.append(sure.int())
+            rows = _rows(found, torch.stack(looser, 1).tolist())
+            verdicts.add("bounds", dict(zip(block.tolist(), rows, strict=True)))
+
+    verdicts.spread(verdicts.missing("bounds", ids), prove)
     rows = verdicts.rows("bounds", ids)
     levels = [_level(threat, [int(row["status"] == "certified") for row in rows])]
     levels += [_level(less, [row["lower"][place] for row in rows]) for place, less in enumerate(lower)]
@@ -166,18 +170,22 @@ def smoothed(
     smoothing, settings = smoothing_of(stage, threat, math.prod(bench.data.shape))
     target = settings["radius"]
     test, predict = loader(bench.data.test, torch.device("cpu")), classes_of(net)
-    left = torch.tensor(verdicts.missing("smoothing", ids), dtype=torch.int64)
-    for block in _blocks(left, BLOCK):
-        known = SmoothedSet.from_rows(verdicts.rows("smoothing", ids))
 
-        def report(done: int, right: int, _: int, known: SmoothedSet = known) -> None:
-            bench.reporter.progress("smoothing", len(known.labels) + done, known.correct_at(target) + right, len(ids))
+    def draw(verdicts: Verdicts, own: Tensor) -> None:
+        total = len(verdicts.rows("smoothing", ids)) + len(own)
+        for block in _blocks(own, BLOCK):
+            known = SmoothedSet.from_rows(verdicts.rows("smoothing", ids))
 
-        found = certify_smoothing(
-            predict, test, len(bench.data.classes), smoothing, target=target, seed=bench.seed, ids=block,
-            on_progress=report,
-        )  # fmt: skip
-        verdicts.add("smoothing", dict(zip(block.tolist(), found.rows(), strict=True)))
+            def report(done: int, right: int, _: int, known: SmoothedSet = known) -> None:
+                bench.reporter.progress("smoothing", len(known.labels) + done, known.correct_at(target) + right, total)
+
+            found = certify_smoothing(
+                predict, test, len(bench.data.classes), smoothing, target=target, seed=bench.seed, ids=block,
+                on_progress=report,
+            )  # fmt: skip
+            verdicts.add("smoothing", dict(zip(block.tolist(), found.rows(), strict=True)))
+
+    verdicts.spread(verdicts.missing("smoothing", ids), draw)
     rows = _numbered(ids, verdicts.rows("smoothing", ids))
     return settings | {"samples": rows}
 

@@ -31,6 +31,7 @@ from rprune.pipeline.stages import (
     _stamped,
     as_flat,
     compacted,
+    epochs_of,
     recorded_objective,
 )
 from rprune.pruning import codebook
@@ -42,7 +43,7 @@ from rprune.quantization.weights import KEEPS
 from rprune.training.loop import FitResult
 from rprune.training.qat import QuantizationAware
 
-EPOCHS, LR = 20, 0.01
+LR = 0.01
 
 
 def quantize(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path | None = None) -> Artifact:
@@ -75,7 +76,7 @@ def _qat(bench: Bench, source: Artifact, stage: QuantizeStage, state_file: Path 
     if stage.precision != "fp32":
         raise UsageError(f"precision {stage.precision} cannot hold integers of 8 bits in training", "leave it at fp32")
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
-    stage = stage.model_copy(update={"epochs": stage.epochs or EPOCHS, "lr": stage.lr or LR})
+    stage = stage.model_copy(update={"epochs": epochs_of(stage), "lr": stage.lr or LR})
     base = flattened(source)
     network = trace(base.model(), bench.data.shape)
     settings = _settings(stage, source)

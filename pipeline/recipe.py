@@ -66,6 +66,7 @@ class Trained(Section):
     awp_from: Annotated[int, Field(ge=0)] = 0
     accumulate: Annotated[Positive, Field(description="parts of a batch that are computed one after another")] = 1
     precision: Annotated[Literal["fp32", "bf16"], Field(description="of the net in training; losses are fp32")] = "fp32"
+    compile: Annotated[bool, Field(description="torch.compile the net in training; pays off on GPUs")] = False
     select: Literal["best", "last"] = "best"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from rprune.files import (
     write_json,
     write_text,
 )
+from rprune.pipeline.anytime import Anytime, fitted
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
 from rprune.pipeline.bundle import Source, export
@@ -28,6 +29,7 @@ from rprune.pipeline.certificate import sealed
 from rprune.pipeline.certifying import Certificates, certify
 from rprune.pipeline.cost import Cost, cost
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
+from rprune.pipeline.profiling import Phase, profiled
 from rprune.pipeline.recipe import (
     CertifyStage,
     ExportStage,
@@ -35,7 +37,8 @@ from rprune.pipeline.recipe import (
     Recipe,
     Stage,
 )
-from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_stage
+from rprune.pipeline.stages import DENSE, adopt, check_stage, epochs_of, open_teacher, run_stage
+from rprune.pipeline.trial import trial
 from rprune.pipeline.verdicts import VERDICTS, Part
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
@@ -59,11 +62,20 @@ class Outcome:
 class Runner:
     """Runs the stages of one recipe into ``out``; interrupted at any moment, the same call continues.
 
-    Several processes (:func:`world`) train together; the first one writes, certifies and exports.
+    Several processes (:func:`world`) work together; the first one writes.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, out: Path, reporter: Reporter, device: str = "auto") -> None:
-        """``folder``: where the recipe lies; its policy is looked for there. Nothing is written yet.
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        out: Path,
+        reporter: Reporter,
+        device: str = "auto",
+        budget: float | None = None,
+    ) -> None:
+        """``folder``: where the recipe lies; its policy is looked for there. ``budget``: seconds for the whole run,
+        into which stages fit by fewer epochs (:class:`Anytime`). Nothing is written yet.
 
         Raises:
             UsageError, InputError: anything wrong with the recipe, its names, its policy or its data.
@@ -82,30 +94,53 @@ class Runner:
         self.teacher = self._teacher(folder)
         for stage in recipe.stage:  # find every mistake before hours are spent
             check_stage(stage, self.bench, self.arch)
+        self.stages: list[Stage] = list(recipe.stage)
+        self.anytime: Anytime | None = None
+        if budget is not None:
+            asked = recipe.model_dump(mode="json")
+            self.anytime = Anytime(out, budget, recipe.stage, asked, self.here)
+            self.stages = [self.anytime.known(index) for index in range(len(recipe.stage))]
 
     def plan(self) -> list[tuple[str, Path, bool]]:
         """(kind, folder, already done) of each stage, as far as that is known without running the ones before."""
         rows: list[tuple[str, Path, bool]] = []
         parent = self._first_key
-        for number, stage in enumerate(self.recipe.stage, 1):
+        for number, stage in enumerate(self.stages, 1):
             folder = self._folder(number, stage)
             key = self._key(stage, parent)
             rows.append((stage.kind, folder, stored_key(folder) == key))
             parent = key
         return rows
 
-    def costs(self) -> list[tuple[str, Cost | None]]:
-        """What every stage will take, done already or not; None: certify and export, whose cost hangs on the model."""
-        found: list[tuple[str, Cost | None]] = []
+    def costs(self) -> list[tuple[str, Cost]]:
+        """What every stage will take, done already or not."""
+        found: list[tuple[str, Cost]] = []
         artifact = dense = self.start
         for stage in self.recipe.stage:
-            if isinstance(stage, CertifyStage | ExportStage):
-                found.append((stage.kind, None))
-                continue
             spent, artifact = cost(self.bench, stage, artifact, self.arch, self._taught_by(stage, dense))
             dense = artifact if stage.kind == "train" else dense
             found.append((stage.kind, spent))
         return found
+
+    def fitted(self, costs: Sequence[tuple[str, Cost]]) -> list[int]:
+        """Epochs of every stage, were the run to begin now, within its budget."""
+        assert self.anytime is not None
+        epochs = [epochs_of(stage) for stage in self.recipe.stage]
+        return fitted([cost for _, cost in costs], epochs, self.anytime.seconds)
+
+    def profiles(self, folder: Path) -> Iterator[tuple[Path, list[Phase]]]:
+        """One step of every stage that trains, as :func:`profiled` has it, each in a folder of its own."""
+        artifact = dense = self.start
+        for number, stage in enumerate(self.recipe.stage, 1):
+            teacher, place = self._taught_by(stage, dense), folder / self._folder(number, stage).name
+            if epochs_of(stage):
+                yield place, profiled(self.bench, stage, artifact, self.arch, teacher, place)
+            if not isinstance(stage, CertifyStage | ExportStage):
+                artifact = trial(self.bench, stage, artifact, self.arch, teacher, [None]).made
+            dense = artifact if stage.kind == "train" else dense
+
+    def _costs(self) -> list[Cost]:
+        return [cost for _, cost in self.costs()]
 
     def run(self, announce: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
         """Run what is not done. Returns the outcome of every stage."""
@@ -118,11 +153,16 @@ class Runner:
         self._dense = self.start
         certificates: Certificates | None = None
         parent = self._first_key
-        for number, stage in enumerate(self.recipe.stage, 1):
+        for number in range(1, len(self.stages) + 1):
+            if self.anytime is not None:
+                self.stages[number - 1] = self.anytime.decide(number - 1, self._costs)
+            stage = self.stages[number - 1]
             folder, key = self._folder(number, stage), self._key(stage, parent)
             reused = self.here.shared(stored_key(folder) == key)
             if not reused:
                 self._make(stage, folder, key, artifact, certificates)
+            if self.anytime is not None and not reused:
+                self.anytime.passed()
             outcome = self._read(stage, folder, reused)
             artifact = outcome.artifact or artifact
             if stage.kind == "train":
@@ -201,18 +241,18 @@ class Runner:
         self.here.wait()
 
     def _work(self, stage: Stage, partial: Path, artifact: Artifact | None, certificates: Certificates | None) -> None:
-        if isinstance(stage, CertifyStage | ExportStage) and not self.here.first:
-            return
         if isinstance(stage, CertifyStage):
             assert artifact is not None
             part = Part(journal=partial / VERDICTS)
             found = certify(self.bench, artifact, stage, part)
-            write_json(partial / "certificates.json", sealed(found, None))
-            part.done()
+            if self.here.first:
+                write_json(partial / "certificates.json", sealed(found, None))
+                part.done()
             return
         if isinstance(stage, ExportStage):
             assert artifact is not None
-            source = Source(self.recipe.name, self.recipe.model_dump(mode="json"), self.policy)
+            ran = self.recipe.model_copy(update={"stage": tuple(self.stages)})  # with the epochs of a budget
+            source = Source(self.recipe.name, ran.model_dump(mode="json"), self.policy)
             export(self.bench, artifact, stage, partial, source, certificates)
             return
         made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE, self._taught_by(stage, self._dense))

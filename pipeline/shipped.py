@@ -146,7 +146,7 @@ def measure(
         data = loader(bench.data.split(split), bench.device if form == "float" else CPU)
         found = robustness(
             target, data, bench.threat, with_transfer(attacks) if target.parents else attacks, seed=bench.seed,
-            limit=limit, grid=False,
+            limit=limit, grid=False, together=True,
             on_progress=lambda name, *counts, on=form: bench.reporter.progress(f"{name} on {on}", *counts),
         )  # fmt: skip
         rows.append({"metric": "clean_accuracy", "form": form, "correct": found.clean.correct, "n": found.clean.n})

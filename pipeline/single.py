@@ -101,6 +101,15 @@ def prepare(
         raise UsageError(f"cannot write '{output.suffix}' files", "name a .pt or .safetensors file, or a folder")
 
 
+def teacher_of(bench: Bench, stage: Section, source: Artifact | None) -> Artifact | None:
+    """The model that a finetune stage learns from, where it names one. Raises UsageError, InputError."""
+    if not isinstance(stage, FinetuneStage) or stage.teacher is None:
+        return None
+    if stage.teacher == DENSE:
+        raise UsageError("teacher 'dense' is for recipes", "name the dense model's file: --teacher FILE")
+    return open_teacher(Path(stage.teacher), bench, None if source is None else source.metadata.arch.name)
+
+
 def run_single(
     bench: Bench,
     stage: Section,
@@ -114,12 +123,7 @@ def run_single(
 
     Of several processes (:func:`world`) all run the stage, and the first one writes.
     """
-    here = world()
-    teacher = None
-    if isinstance(stage, FinetuneStage) and stage.teacher is not None:
-        if stage.teacher == DENSE:
-            raise UsageError("teacher 'dense' is for recipes", "name the dense model's file: --teacher FILE")
-        teacher = open_teacher(Path(stage.teacher), bench, None if source is None else source.metadata.arch.name)
+    here, teacher = world(), teacher_of(bench, stage, source)
     key = digest_of(
         {
             "stage": stage.model_dump(mode="json"),

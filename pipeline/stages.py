@@ -61,6 +61,7 @@ def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, b
     return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, metrics)
 
 
+QAT_EPOCHS = 20
 AT_THE_END = 1 - 1e-9  # progress at which ramps of eps are over
 DENSE = "dense"  # the teacher that is the model before pruning
 
@@ -122,7 +123,7 @@ def prune(bench: Bench, source: Artifact, stage: PruneStage, state_file: Path | 
             f"the model has {budget.spent(alive)} {unit} left, the budget is {budget.kept}",
             "it is pruned already; ask for a smaller budget, or start from the dense model",
         )
-    epochs = method.epochs if stage.epochs is None else stage.epochs
+    epochs = epochs_of(stage)
     lr = method.lr if stage.lr is None else stage.lr
     stage = stage.model_copy(update={"lr": lr})
     train_data = bench.training(stage.data_fraction)
@@ -397,6 +398,17 @@ def _stamped(
     )
     before = [] if source is None else source.metadata.lineage
     return artifact.with_metadata(lineage=[*before, entry])
+
+
+def epochs_of(stage: Section) -> int:
+    """How many a stage trains for; 0 where it does not train."""
+    if isinstance(stage, TrainStage | FinetuneStage):
+        return stage.epochs
+    if isinstance(stage, PruneStage):
+        return METHODS.build(stage.method).epochs if stage.epochs is None else stage.epochs
+    if isinstance(stage, QuantizeStage) and stage.mode == "qat":
+        return stage.epochs or QAT_EPOCHS
+    return 0
 
 
 def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Verdicts(Journal):
     FORMAT, WHAT, WORK, COMMAND = "rprune.verdicts/1", "list of verdicts", "certification", "rprune certify"
 
     def __post_init__(self) -> None:
-        self._rows: dict[str, dict[int, Row]] = {}
+        self._rows: dict[Section, dict[int, Row]] = {}
 
     def add(self, section: Section, rows: Mapping[int, Row]) -> None:
         self.of(section).update(rows)
@@ -39,8 +40,8 @@ class Verdicts(Journal):
     def of(self, section: Section) -> dict[int, Row]:
         return self._rows.setdefault(section, {})
 
-    def missing(self, section: Section, ids: Int64[Tensor, " n"]) -> list[int]:
-        return [i for i in ids.tolist() if i not in self.of(section)]
+    def missing(self, section: Section, ids: Int64[Tensor, " n"]) -> Int64[Tensor, " m"]:
+        return torch.tensor([i for i in ids.tolist() if i not in self.of(section)], dtype=torch.int64)
 
     def rows(self, section: Section, ids: Int64[Tensor, " n"]) -> list[Row]:
         """The rows of these samples that are known, in this order."""
@@ -59,13 +60,19 @@ class Verdicts(Journal):
             if found["schema"] != SCHEMA or found["digest"] != seal_of(found):
                 raise ValueError("schema or digest")
             self._need_key(path, key_of(found))
+            other = Verdicts(self.key)
             for section, rows in rows_of_certificate(found).items():
-                known = self.of(section)
-                self.add(section, {i: row for i, row in rows.items() if i not in known})
+                other.add(section, rows)
+            self._take_over(other)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise InputError(
                 f"{path} is no certificate, or was changed", "name one that 'rprune certify' wrote"
             ) from None
+
+    def _take_over(self, other: Verdicts) -> None:
+        for section, rows in other._rows.items():
+            known = self.of(section)
+            self.add(section, {i: row for i, row in rows.items() if i not in known})
 
     def _take_line(self, line: dict[str, Any]) -> None:
         self.of(line["section"]).update({int(i): dict(row) for i, row in line["rows"]})
@@ -81,7 +88,10 @@ class Part:
     merge: tuple[Path, ...] = field(default=())
 
     def open(self, key: Mapping[str, Any]) -> Verdicts:
-        verdicts = Verdicts(key) if self.journal is None else Verdicts.open(self.journal, key, resume=self.resume)
+        """What is known; every process (:func:`rprune.training.world.world`) has it."""
+        if self.journal is not None:
+            return Verdicts.open(self.journal, key, resume=self.resume, merge=self.merge)
+        verdicts = Verdicts(key)
         for path in self.merge:
             verdicts.merge(path)
         return verdicts

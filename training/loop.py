@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from rprune.attacks.noise import Stream
 from rprune.data.loaders import Loader, Rows
 from rprune.data.splits import Augment
 from rprune.errors import WorkError, unknown_name
-from rprune.models.halved import Halved
+from rprune.models.running import Precision, Running
 from rprune.objectives.base import Loss, Objective, Step
+from rprune.phases import phase
 from rprune.pruning.base import Pruner
 from rprune.seeds import derive
 from rprune.training.averaging import Average, Kind, perturbed
@@ -26,7 +27,6 @@ from rprune.training.schedules import schedule, warmed_up
 from rprune.training.state import load_state, save_state
 from rprune.training.world import World, world
 
-Precision = Literal["fp32", "bf16"]
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
@@ -39,8 +39,8 @@ class Settings:
     is validated and selected is an average (:class:`Average`). ``awp``: relative radius of the adversarial weight
     perturbation from epoch ``awp_from`` on; 0 for none. ``batch_size``: images of a step, of all processes together;
     ``accumulate``: each process takes its share of them in so many parts, one after another, which saves memory.
-    ``precision`` "bf16": the objective's forwards and backwards run in bfloat16 (:class:`Halved`); weights, scores,
-    losses and validation stay in float32.
+    ``precision`` "bf16": the objective's forwards and backwards run in bfloat16 (:class:`Running`); weights, scores,
+    losses and validation stay in float32. ``compile``: they are compiled, too.
     """
 
     epochs: int
@@ -58,6 +58,7 @@ class Settings:
     awp_from: int = 0
     accumulate: int = 1
     precision: Precision = "fp32"
+    compile: bool = False
     select: str = "best"
 
 
@@ -108,7 +109,8 @@ def fit(
     trained = list(pruner.parameters())
     for parameter in trained:
         parameter.requires_grad_(True)
-    net = Halved(model) if settings.precision == "bf16" else model
+    plain = settings.precision == "fp32" and not settings.compile
+    net = model if plain else Running(model, settings.precision, settings.compile)
     optimizer = make_optimizer(settings, trained)
     pruner.attach(optimizer)
     factor = warmed_up(schedule(settings.schedule), settings.warmup)
@@ -152,10 +154,12 @@ def fit(
                             gradients(model, pruner, optimizer, computes, shares, here)
                     if settings.clip_norm is not None:
                         nn.utils.clip_grad_norm_(trained, settings.clip_norm)
-                    optimizer.step()
-                    pruner.after_step()
-                    if average is not None:
-                        average.update(progress)
+                    with phase("optimizer"):
+                        optimizer.step()
+                    with phase("weights from what is learned"):
+                        pruner.after_step()
+                        if average is not None:
+                            average.update(progress)
                     for loss, batch, share in zip(losses, batches, shares, strict=True):
                         meter.add(loss, penalty, batch.y if share else batch.y[:0])
             here.mean_([buffer for buffer in model.buffers() if buffer.is_floating_point()])
@@ -206,15 +210,19 @@ def gradients(
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for compute, share in zip(computes, shares, strict=True):
-        loss = compute()
-        (loss.value * share).backward()  # type: ignore[no-untyped-call]
+        with phase("loss"):
+            loss = compute()
+        with phase("backward"):
+            (loss.value * share).backward()  # type: ignore[no-untyped-call]
         losses.append(Loss(loss.value.detach(), loss.logits.detach(), loss.parts))
-    here.sum_([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    penalty = pruner.penalty()
-    if penalty is not None and penalty.requires_grad:  # behind the sum: every process has it whole
-        penalty.backward()  # type: ignore[no-untyped-call]
-        penalty = penalty.detach()
-    pruner.before_step()
+    with phase("sum over processes"):
+        here.sum_([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    with phase("gradients of what is learned"):
+        penalty = pruner.penalty()
+        if penalty is not None and penalty.requires_grad:  # behind the sum: every process has it whole
+            penalty.backward()  # type: ignore[no-untyped-call]
+            penalty = penalty.detach()
+        pruner.before_step()
     return losses, penalty
 
 

@@ -74,6 +74,14 @@ class World:
             dist.broadcast_object_list(sent, device=torch.device("cpu"))
         return value if self.first else torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
 
+    def gathered(self, text: str) -> list[str]:
+        """What every process has, in their order."""
+        found: list[Any] = [text] * self.size
+        if self.size > 1:
+            with _together():
+                dist.all_gather_object(found, text)
+        return found
+
     def wait(self) -> None:
         """Until every process is here."""
         self.shared(None)

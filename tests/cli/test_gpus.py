@@ -16,6 +16,7 @@ import torch
 from rprune.pipeline.artifact import load_artifact
 
 TWO = ("--gpus", 2, "--device", "cpu")
+MODEL = "model-lwm-0.5-finetuned.pt"
 TRAIN = ("-m", "rprune", "train", "-d", "digits", "--objective", "n-fgsm", "--set", "select=last")
 RECIPE = """
 rprune = 1
@@ -77,6 +78,46 @@ def test_a_recipe_in_two_processes(python, tmp_path: Path) -> None:
     again = python("-m", "rprune", "run", "two.toml", "-o", "out", "--device", "cpu", cwd=tmp_path)
     assert again.code == 0, again.err
     assert again.err.count("reused") == 5
+
+
+@pytest.mark.slow
+def test_two_processes_attack_and_certify_as_one(python, chain, tmp_path: Path) -> None:
+    one, two = ("--device", "cpu"), TWO
+    for out, how in (("one", one), ("two", two)):
+        options = ("--suite", "pgd,square", "-n", 12, "--no-health", "-o", f"{out}.attack", *how)
+        assert python("-m", "rprune", "attack", chain / MODEL, *options, cwd=tmp_path).code == 0
+        options = ("-m", "ibp,smoothing", "-n", 9, "--n", 200, "-o", f"{out}.json", *how)
+        assert python("-m", "rprune", "certify", chain / MODEL, *options, cwd=tmp_path).code == 0
+    for name in ("samples.jsonl", "samples.csv", "adversarial.safetensors"):
+        assert (tmp_path / "one.attack" / name).read_bytes() == (tmp_path / "two.attack" / name).read_bytes()
+    assert not list(tmp_path.glob("**/*of2"))
+    certificates = [json.loads((tmp_path / f"{out}.json").read_text()) for out in ("one", "two")]
+    margins = [[row.pop("margin") or 0.0 for row in found["bounds"]["samples"]] for found in certificates]
+    assert margins[0] == pytest.approx(margins[1], rel=1e-9)
+    for found in certificates:
+        for changing in ("seconds", "digest"):
+            del found[changing]
+    assert certificates[0] == certificates[1]
+    counts = []
+    for how in (one, two):
+        options = ("--suite", "pgd", "-n", 9, "--json", *how)
+        counts.append(json.loads(python("-m", "rprune", "evaluate", chain / MODEL, *options, cwd=tmp_path).out))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_what_a_process_left_is_taken_in(python, chain, tmp_path: Path) -> None:
+    """An attack in two processes that ended early goes on in one."""
+    command = ("-m", "rprune", "attack", chain / MODEL, "--suite", "pgd,square", "-n", 12, "--no-health", "-o", "a")
+    assert python(*command, "--device", "cpu", cwd=tmp_path).code == 0
+    wanted = (tmp_path / "a" / "samples.jsonl").read_bytes()
+    head, *lines = (tmp_path / "a" / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a" / "ledger.jsonl").write_text(head + lines[0])
+    (tmp_path / "a" / "ledger.jsonl.2of4").write_text(head + "".join(lines[1:])[:-5])  # cut off
+    again = python(*command, *TWO, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert (tmp_path / "a" / "samples.jsonl").read_bytes() == wanted
+    assert not list(tmp_path.glob("**/*of*"))
 
 
 def test_mistakes_are_told_once(python, tmp_path: Path) -> None:

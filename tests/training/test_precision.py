@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import fx
 
 from rprune.attacks.base import at_rest
-from rprune.errors import UsageError
-from rprune.models.halved import Halved
+from rprune.errors import UsageError, WorkError
 from rprune.models.prunable import prunable
 from rprune.models.registry import Architecture
+from rprune.models.running import Running
 from rprune.objectives.base import OBJECTIVES
 from rprune.pipeline.bench import Bench
 from rprune.pipeline.quantizing import quantize
@@ -29,13 +31,13 @@ def tiny(load_helper):
     return load_helper("pruning/tiny_net.py")
 
 
-def trained(tiny, objective: str, precision: str, method: str | None = None):
+def trained(tiny, objective: str, precision: str, method: str | None = None, compiled: bool = False):
     model = tiny.net()
     pruner = Pruner(model)
     if method is not None:
         budget = Budget.of({name: weight.numel() for name, weight in prunable(model).items()}, 0.8)
         pruner = METHODS.build(method).bind(model, budget, Context(epochs=2, steps_per_epoch=3))
-    settings = Settings(2, 16, 0.02, precision=precision, select="last")
+    settings = Settings(2, 16, 0.02, precision=precision, compile=compiled, select="last")
     found = fit(model, pruner, OBJECTIVES.build(objective, threat=THREAT), tiny.data(), settings, seed=1)
     return [log.values["loss"] for log in found.history], pruner, model
 
@@ -60,8 +62,8 @@ def test_methods_meet_their_budget(tiny, method: str) -> None:
 def test_the_net_computes_in_bfloat16_and_is_folded(tiny) -> None:
     net, (x, _) = tiny.net(), tiny.batch()
     seen = []
-    with at_rest(Halved(net), x) as still:
-        assert isinstance(still, Halved)
+    with at_rest(Running(net, "bf16"), x) as still:
+        assert isinstance(still, Running)
         assert isinstance(still.net, fx.GraphModule)
         still.net.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
         logits = still(x)
@@ -69,6 +71,38 @@ def test_the_net_computes_in_bfloat16_and_is_folded(tiny) -> None:
     assert logits.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(logits, net.eval()(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same(tiny) -> None:
+    """One compilation of the net in training and one of what is attacked serve all steps."""
+    plain, _, _ = trained(tiny, "trades", "fp32", "harp")
+    compiled, _, model = trained(tiny, "trades", "fp32", "harp", compiled=True)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert not any("Running" in type(module).__name__ for module in model.modules())
+    net, (x, _) = tiny.net(), tiny.batch()
+    running = Running(net, "fp32", compiled=True)
+    with at_rest(running, x) as first:
+        first(x)
+    with at_rest(running, x) as second:
+        assert second is first
+        with torch.no_grad():
+            net.fc.weight.zero_()
+            net.fc.bias.zero_()
+            assert not second(x).any()  # weights are read where they lie
+
+
+def test_what_cannot_be_compiled_is_told(tiny, monkeypatch) -> None:
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    net, (x, _) = tiny.net(), tiny.batch()
+    with pytest.raises(WorkError, match="cannot be compiled") as raised:
+        Running(net, compiled=True)(x)
+    assert "no compiler" in raised.value.message
+    assert "\n" not in raised.value.message
+    assert "--compile" in str(raised.value.hint)
 
 
 def test_stages() -> None:
