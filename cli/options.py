@@ -25,7 +25,8 @@ Data = Annotated[
     typer.Option(
         "-d",
         "--data",
-        help="digits, npz:FILE, imagefolder:DIR, cifar10, ...; default: the data the model was made with.",
+        help="digits, npz:FILE, imagefolder:DIR, webdataset:DIR, cifar10, ...; "
+        "default: the data the model was made with.",
     ),
 ]
 Arch = Annotated[

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from rprune.data.splits import ArraySplit, Augment, FileSplit, Split, read_image
+from rprune.data.crops import NUMBERS, Numbers, flips, windows
+from rprune.data.pixels import enlarged, picked
+from rprune.data.splits import ArraySplit, Augment, FileSplit, Labels, Split
+from rprune.errors import RpruneError
 
 CROP_PADDING = 4  # pixels on each side, as all CIFAR recipes of the field
 
@@ -177,39 +182,58 @@ class Streamed:
     ) -> Iterator[Batch]:
         batches = torch.split(torch.randperm(len(self), generator=generator), batch_size)
         places = [Rows.of(len(ids), part) for ids in batches]
-        own = [ids[rows.index] for ids, rows in zip(batches, places, strict=True)]
-        for rows, (images, ids) in zip(places, self._decode(own), strict=True):
+        own = (ids[rows.index].numpy() for ids, rows in zip(batches, places, strict=True))
+        numbers: Iterable[Numbers | None] = itertools.repeat(None)
+        if augment == "resized-crop-flip":  # of the whole image, which only the one who decodes it sees
+            augment, numbers = "none", (drawn(generator, rows) for rows in places)
+        for rows, (images, ids) in zip(places, self._decode(zip(own, numbers, strict=False)), strict=True):
             yield Batch(augmented(images, generator, augment, rows), self._labels(ids), ids.to(self.device))
 
     def ordered(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        for images, ids in self._decode(torch.split(torch.arange(len(self))[:limit], batch_size)):
+        batches = torch.split(torch.arange(len(self))[:limit], batch_size)
+        for images, ids in self._decode((ids.numpy(), None) for ids in batches):
             yield Batch(to_unit(images), self._labels(ids), ids.to(self.device))
 
     def take(self, ids: Tensor) -> Batch:
-        images = torch.stack([_Decoder(self.split)[i][0] for i in ids.tolist()]).to(self.device)
+        images = torch.from_numpy(self.split.read(ids.cpu().numpy())).to(self.device)
         return Batch(to_unit(images), self._labels(ids.cpu()), ids.to(self.device))
 
     def _labels(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.split.labels)[ids].to(self.device)
 
-    def _decode(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decode(self, batches: Iterable[_Wanted]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and ids of batches, which are drawn here, in order, whatever workers decode them."""
         feed = torch.utils.data.DataLoader(
-            _Decoder(self.split), batch_sampler=[ids.tolist() for ids in batches], num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
+            _Decoder(self.split), batch_sampler=batches, num_workers=self.workers,  # type: ignore[arg-type]
+            collate_fn=_unchanged, pin_memory=self.device.type == "cuda",
         )  # fmt: skip
-        for images, ids in feed:
+        for found in feed:
+            if isinstance(found, RpruneError):
+                raise found
+            images, ids = found
             yield images.to(self.device, non_blocking=True), ids
 
 
-class _Decoder(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    def __init__(self, split: FileSplit) -> None:
-        self.split = split
+_Wanted = tuple[Labels, Numbers | None]
+"""Ids of a batch, and the numbers of its random crops."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(read_image(self.split.paths[index], self.split.shape).copy()), index
 
-    def __len__(self) -> int:
-        return len(self.split)
+@dataclass(frozen=True, eq=False)
+class _Decoder(torch.utils.data.Dataset[Any]):
+    """Decodes a batch at once. Gives an error back: one raised in a worker would arrive with its traceback as text."""
+
+    split: FileSplit
+
+    def __getitems__(self, wanted: _Wanted) -> tuple[Tensor, Tensor] | RpruneError:
+        ids, numbers = wanted
+        try:
+            return torch.from_numpy(self.split.read(ids, numbers)), torch.from_numpy(ids)
+        except RpruneError as error:
+            return error
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _sizes(total: int, batch_size: int) -> list[int]:
@@ -224,17 +248,27 @@ def to_unit(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return images.float().div_(255)
 
 
+def drawn(generator: torch.Generator, rows: Rows) -> Numbers:
+    """The random numbers of crops of ``rows`` of a batch, for all of which they are drawn."""
+    numbers = torch.rand(rows.whole, NUMBERS, generator=generator, dtype=torch.float64)[rows.index]
+    return np.asarray(numbers)
+
+
 def augmented(
     images: UInt8[Tensor, "b c h w"], generator: torch.Generator, augment: Augment, rows: Rows
 ) -> Float[Tensor, "b c h w"]:
-    """Random crop after zero padding, and horizontal flip, for a whole batch at once.
+    """Random crop after zero padding, or of random size, and horizontal flip, for a whole batch at once.
 
     The images are ``rows`` of a batch, for all of which numbers are drawn.
     """
     if augment == "none":
         return to_unit(images)
-    count, _, height, width = images.shape
+    _, _, height, width = images.shape
     device = images.device
+    if augment == "resized-crop-flip":
+        numbers = drawn(generator, rows)
+        boxes, mirrored = torch.from_numpy(windows(height, width, numbers)), torch.from_numpy(flips(numbers))
+        return to_unit(enlarged(images, boxes.to(device), mirrored.to(device)))
     padded = torch.nn.functional.pad(images, (CROP_PADDING,) * 4)
     places = torch.randint(0, 2 * CROP_PADDING + 1, (2, rows.whole), generator=generator)
     top, left = places[:, rows.index].to(device)
@@ -243,7 +277,4 @@ def augmented(
     if augment == "crop-flip":
         flip = torch.rand(rows.whole, generator=generator)[rows.index].to(device) < 0.5
         columns = torch.where(flip[:, None], columns.flip(1), columns)
-    batch = torch.arange(count, device=device)
-    # advanced indices around the channel slice put the channels last: (b, h, w, c)
-    picked = padded[batch[:, None, None], :, lines[:, :, None], columns[:, None, :]]
-    return to_unit(picked.permute(0, 3, 1, 2).contiguous())
+    return to_unit(picked(padded, lines, columns))

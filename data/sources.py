@@ -1,4 +1,4 @@
-"""Where data comes from: ``digits``, ``npz:FILE``, ``imagefolder:DIR``, or a torchvision set by name.
+"""Where data comes from: ``digits``, ``npz:FILE``, image files (``imagefolder``, ``webdataset``), torchvision's sets.
 
 Nothing here uses the network unless ``download`` is true, and torch is imported for torchvision's sets alone.
 """
@@ -14,12 +14,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from rprune.data.splits import ArraySplit, Augment, DataSet, FileSplit, Split, checked, hold_out, opened, read_image
+from rprune.data.shards import LAYOUT, class_names, indexed, shards_of
+from rprune.data.splits import ArraySplit, Augment, DataSet, FileSplit, Labels, Split, checked, hold_out, opened
+from rprune.data.stored import Store
 from rprune.errors import InputError, UsageError, unknown_name
 from rprune.threat import ThreatModel
 
 VALIDATION_SHARE = 0.1
 RESIDENT_BYTES = 2 << 30
+LARGE = 64  # pixels a side, from which training crops are of random size
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 # (class in torchvision.datasets, constructor arguments for train and test, augmentation, default eps)
@@ -39,8 +42,10 @@ ABOUT = {
     "digits": "scikit-learn's handwritten digits, 1,797 images of 1x8x8, built in",
     "npz:FILE": NPZ,
     "imagefolder:DIR[?size=N]": "DIR/train/CLASS/*.png and DIR/test likewise; or DIR/CLASS/*.png, 20 % become the test",
+    "webdataset:DIR[?size=N]": f"DIR/train-*.tar and DIR/test-*.tar (or val-*.tar; else 20 % of train); {LAYOUT}; "
+    "DIR/classes.txt may name the classes, one a line",
 }
-KINDS = ("digits", "npz:FILE", "imagefolder:DIR[?size=N]", *TORCHVISION)
+KINDS = (*ABOUT, *TORCHVISION)
 
 
 def load_data(
@@ -140,57 +145,102 @@ def _imagefolder(place: str) -> _Found:
     classes = tuple(sorted(p.name for p in train_root.iterdir() if p.is_dir()))
     if len(classes) < 2:
         raise InputError(f"{train_root} has {len(classes)} class folder(s)", "put images in one sub-folder a class")
-    size = _folder_size(query)
+
+    def listed(base: Path) -> _Listed:
+        paths: list[bytes] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            below = sorted((base / name).rglob("*"))
+            found = [os.fsencode(path) for path in below if path.suffix.lower() in IMAGE_SUFFIXES]
+            paths += found
+            labels += [label] * len(found)
+        if not paths:
+            known = " ".join(sorted(IMAGE_SUFFIXES))
+            raise InputError(
+                f"no images below {base}", f"put images in one sub-folder a class; known suffixes: {known}"
+            )
+        return Store.whole(paths), np.array(labels, np.int64)
+
+    train, test = listed(train_root), None if test_root is None else listed(test_root)
+    return _of_images(f"imagefolder:{folder}", query, classes, train, test)
+
+
+def _webdataset(place: str) -> _Found:
+    """DIR/train-*.tar and DIR/test-*.tar (or val-*.tar); of train shards alone 20 % become the test split."""
+    folder, _, query = place.partition("?")
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"data folder {root} is not there", f"give a folder with shards train-*.tar; {LAYOUT}")
+
+    def listed(shards: list[Path]) -> _Listed:
+        store, labels = indexed(shards)
+        if not len(store):
+            raise InputError(f"no images in {shards[0]}{' and the other shards' if shards[1:] else ''}", LAYOUT)
+        return store, labels
+
+    train_shards, test_shards = shards_of(root, "train"), shards_of(root, "test") or shards_of(root, "val")
+    if not train_shards:
+        raise InputError(f"no shards train-*.tar in {root}", f"name them train-000000.tar and so on; {LAYOUT}")
+    train, test = listed(train_shards), listed(test_shards) if test_shards else None
+    last = max(int(labels.max()) for _, labels in (train, test or train))
+    named = class_names(root / "classes.txt")
+    classes = tuple(map(str, range(last + 1))) if named is None else named
+    if last >= len(classes) or len(classes) < 2:
+        raise InputError(
+            f"labels of the shards in {root} run to {last} for {len(classes)} class(es)",
+            "labels must be 0 .. classes-1; classes.txt names one class a line",
+        )
+    return _of_images(f"webdataset:{folder}", query, classes, train, test)
+
+
+_Listed = tuple[Store, Labels]
+
+
+def _of_images(
+    source: str, query: str, classes: tuple[str, ...], train_images: _Listed, test_images: _Listed | None
+) -> _Found:
+    """Splits of stored images, in memory where they fit.
+
+    Without ``?size=N`` all must have the first one's size. With N of at least ``LARGE`` training crops are those of
+    ImageNet, since shifts by four pixels change little there.
+    """
+    size = _wanted_size(source, query)
     if size is None:
-        first = next(iter(_image_files(train_root, classes)), None)
-        if first is None:
-            raise InputError(f"no images below {train_root}", f"known suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}")
-        with opened(first[0]) as image:
+        with opened(train_images[0][0]) as image:
             channels, (width, height) = (1 if image.mode in ("1", "L") else 3), image.size
     else:
         channels, height, width = 3, size, size
     shape = (channels, height, width)
 
-    def read(base: Path, name: str) -> Split:
-        listed = list(_image_files(base, classes))
+    def split(name: str, images: _Listed) -> Split:
+        store, labels = images
+        for stored in store if size is None else ():
+            with opened(stored) as image:
+                if image.size != (width, height):
+                    raise InputError(
+                        f"{stored} is {image.width}x{image.height}, others {width}x{height}",
+                        f"name one size: {source}?size=64",
+                    )
         # folders come class by class; a fixed order at random makes every prefix a fair sample
-        files = [listed[i] for i in np.random.RandomState(0).permutation(len(listed))]
-        split = FileSplit(name, tuple(p for p, _ in files), np.array([c for _, c in files], np.int64), shape)
-        if not files:
-            raise InputError(f"no images below {base}", "put images in one sub-folder a class")
-        if size is None:
-            for path in split.paths:
-                with opened(path) as image:
-                    if image.size != (width, height):
-                        raise InputError(
-                            f"{path} is {image.width}x{image.height}, others {width}x{height}",
-                            f"name one size: imagefolder:{folder}?size=64",
-                        )
-        if len(split) * channels * height * width > RESIDENT_BYTES:
-            return split
-        return ArraySplit(name, np.stack([read_image(path, shape) for path in split.paths]), split.labels)
+        order = np.random.RandomState(0).permutation(len(store))
+        found = FileSplit(name, store.select(order), labels[order], shape)
+        resident = len(found) * channels * height * width <= RESIDENT_BYTES
+        return ArraySplit(name, found.pixels(0, len(found)), found.labels) if resident else found
 
-    if test_root is None:
-        train, test = hold_out(read(train_root, "all"), 0.2, ("train", "test"))
+    if test_images is None:
+        train, test = hold_out(split("all", train_images), 0.2, ("train", "test"))
     else:
-        train, test = read(train_root, "train"), read(test_root, "test")
-    return train, test, classes, "crop-flip", "8/255"
+        train, test = split("train", train_images), split("test", test_images)
+    return train, test, classes, "resized-crop-flip" if size is not None and size >= LARGE else "crop-flip", "8/255"
 
 
-def _folder_size(query: str) -> int | None:
+def _wanted_size(source: str, query: str) -> int | None:
     if not query:
         return None
     key, _, value = query.partition("=")
     if key != "size" or not value.isdigit() or int(value) < 1:
-        raise UsageError(f"cannot read '?{query}' of the image folder", "write ?size=64")
+        raise UsageError(f"cannot read '?{query}' of {source}", "write ?size=64")
     return int(value)
-
-
-def _image_files(base: Path, classes: tuple[str, ...]) -> Any:
-    for label, name in enumerate(classes):
-        for path in sorted((base / name).rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield path, label
 
 
 def _torchvision(kind: str, place: str, download: bool) -> _Found:
@@ -222,4 +272,9 @@ def _torchvision(kind: str, place: str, download: bool) -> _Found:
     return splits[0], splits[1], classes, augment, eps
 
 
-LOCAL: dict[str, Callable[[str], _Found]] = {"digits": _digits, "npz": _npz, "imagefolder": _imagefolder}
+LOCAL: dict[str, Callable[[str], _Found]] = {
+    "digits": _digits,
+    "npz": _npz,
+    "imagefolder": _imagefolder,
+    "webdataset": _webdataset,
+}

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
+import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rprune.data.crops import Numbers, flips, windows
+from rprune.data.stored import Store, Stored
 from rprune.errors import InputError
 from rprune.threat import ThreatModel
 
-Augment: TypeAlias = Literal["none", "crop", "crop-flip"]
+Augment: TypeAlias = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
 Images: TypeAlias = NDArray[np.uint8]
 Labels: TypeAlias = NDArray[np.int64]
 
@@ -54,10 +59,10 @@ class ArraySplit:
 
 @dataclass(frozen=True, eq=False)
 class FileSplit:
-    """Image files that do not fit in memory; each is resized to ``size`` and centre-cropped when it is read."""
+    """Images that do not fit in memory; each is resized to ``shape`` and centre-cropped when it is read."""
 
     name: str
-    paths: tuple[Path, ...]
+    store: Store
     labels: Labels
     shape: tuple[int, int, int]
 
@@ -66,19 +71,36 @@ class FileSplit:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the bytes of every file and its label (the pixels themselves are too many to decode twice)."""
-        sha = hashlib.sha256(repr(self.shape).encode())
-        for path, label in zip(self.paths, self.labels, strict=True):
-            sha.update(hashlib.sha256(path.read_bytes()).digest())
-            sha.update(int(label).to_bytes(8, "little"))
-        return sha.hexdigest()
+        """sha256 over the bytes of every image file and its label (the pixels are too many to decode twice).
+
+        Reads everything: minutes for millions of images. No cache keeps it, since a file's size and time of change do
+        not prove its bytes.
+        """
+        hashes = np.empty((len(self), 32), np.uint8)
+
+        def fill(indices: NDArray[np.int64]) -> None:
+            for i in indices.tolist():
+                hashes[i] = np.frombuffer(hashlib.sha256(self.store[i].read()).digest(), np.uint8)
+
+        with ThreadPoolExecutor() as pool:  # reading and sha256 run side by side
+            for _ in pool.map(fill, np.array_split(self.store.as_on_disk(), len(self) // 256 + 1)):
+                pass
+        labels = self.labels.astype("<i8")[:, None].view(np.uint8)
+        return hashlib.sha256(repr(self.shape).encode() + np.hstack([hashes, labels]).tobytes()).hexdigest()
 
     def select(self, indices: NDArray[np.int64] | slice, name: str | None = None) -> FileSplit:
         chosen = np.arange(len(self))[indices]
-        return FileSplit(name or self.name, tuple(self.paths[i] for i in chosen), self.labels[chosen], self.shape)
+        return FileSplit(name or self.name, self.store.select(chosen), self.labels[chosen], self.shape)
 
     def pixels(self, start: int, stop: int) -> Images:
-        return np.stack([read_image(path, self.shape) for path in self.paths[start:stop]])
+        return self.read(np.arange(len(self))[start:stop])
+
+    def read(self, ids: NDArray[np.int64], numbers: Numbers | None = None) -> Images:
+        """These images ``(b, *shape)``; random crops where ``numbers`` (b, NUMBERS) say which."""
+        rows = itertools.repeat(None) if numbers is None else numbers
+        return np.stack(
+            [read_image(self.store[i], self.shape, row) for i, row in zip(ids.tolist(), rows, strict=False)]
+        )
 
 
 Split: TypeAlias = ArraySplit | FileSplit
@@ -122,32 +144,62 @@ def hold_out(split: Split, fraction: float, names: tuple[str, str]) -> tuple[Spl
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(stored: Stored) -> Iterator[Any]:
     """A PIL image; InputError when it cannot be opened or decoded."""
     from PIL import Image, UnidentifiedImageError
 
+    content = stored.read()
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             yield image
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"cannot read image {path}: {error}", "remove or repair the file") from None
+    except UnidentifiedImageError:
+        raise InputError(f"cannot read image {stored}: it is in no known format", "remove or repair the file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read image {stored}: {error}", "remove or repair the file") from None
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> Images:
-    """Decode an image file to uint8 ``shape``: resize the short side, then crop the centre."""
+def read_image(stored: Stored, shape: tuple[int, int, int], numbers: Numbers | None = None) -> Images:
+    """Decode an image to uint8 ``shape``: resize the short side, then crop the centre.
+
+    With ``numbers`` (NUMBERS,) a random window of it is resized to the shape, and perhaps mirrored
+    (:mod:`rprune.data.crops`).
+    """
     from PIL import Image
 
     channels, height, width = shape
-    with opened(path) as file:
-        image: Image.Image = file.convert("L" if channels == 1 else "RGB")
-        if image.size != (width, height):
-            scale = max(width / image.width, height / image.height)
-            wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-            image = image.resize((wide, high), Image.Resampling.BILINEAR)
-            left, top = (wide - width) // 2, (high - height) // 2
-            image = image.crop((left, top, left + width, top + height))
+    mode = "L" if channels == 1 else "RGB"
+    with opened(stored) as file:
+        if numbers is not None:
+            image = _window(file, windows(file.height, file.width, numbers[None])[0], mode, (width, height))
+            if flips(numbers[None])[0]:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        else:
+            image = file.convert(mode)
+            if image.size != (width, height):
+                scale = max(width / image.width, height / image.height)
+                wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+                image = image.resize((wide, high), Image.Resampling.BILINEAR)
+                left, top = (wide - width) // 2, (high - height) // 2
+                image = image.crop((left, top, left + width, top + height))
         array = np.asarray(image, dtype=np.uint8)
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _window(file: Any, window: NDArray[np.int64], mode: str, size: tuple[int, int]) -> Any:
+    """The window (top, left, height, width) of an image file, resized to ``size`` (width, height).
+
+    JPEG decodes a half, a quarter or an eighth of all lines and columns where the window has still ``size`` then.
+    """
+    from PIL import Image
+
+    top, left, height, width = window.tolist()
+    across, down = file.size
+    drafted = file.draft(None, (-(-across * size[0] // width), -(-down * size[1] // height)))
+    share = drafted[1][2] / across if drafted else 1.0  # the last line and column may reach over the edge
+    x, y, right, bottom = left * share, top * share, (left + width) * share, (top + height) * share
+    part = file.crop((int(x), int(y), math.ceil(right), math.ceil(bottom))).convert(mode)
+    box = (x - int(x), y - int(y), right - int(x), bottom - int(y))
+    return part.resize(size, Image.Resampling.BILINEAR, box)
 
 
 def checked(name: str, images: NDArray[Any], labels: NDArray[Any], classes: Sequence[str], origin: str) -> ArraySplit:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from rprune.data.splits import Augment
 from rprune.errors import UsageError, unknown_name
 from rprune.registry import first_problem
 from rprune.threat import ThreatModel
@@ -35,7 +36,7 @@ class ModelSection(Section):
 class DataSection(Section):
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    augment: Literal["none", "crop", "crop-flip"] | None = None
+    augment: Augment | None = None
     pseudo: str | None = None  # a second source; its training split, labels included, joins every batch
     pseudo_model: str | None = None  # a model file whose predictions replace those labels
     download: bool = False

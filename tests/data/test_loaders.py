@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rprune.data.loaders import CROP_PADDING, WHOLE, Batch, Mixed, Resident, Rows, augmented, to_unit
 
-AUGMENTS = ("none", "crop", "crop-flip")
+AUGMENTS = ("none", "crop", "crop-flip", "resized-crop-flip")
 
 
 def images(count: int = 40, shape: tuple[int, int, int] = (3, 9, 7)) -> Tensor:
