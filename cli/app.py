@@ -33,6 +33,7 @@ from rprune.cli.train import train
 from rprune.cli.unpack import unpack
 from rprune.cli.verify import verify
 from rprune.errors import EXIT_CODES, Interrupted, RpruneError
+from rprune.reports.energy import intensity
 
 app = typer.Typer(
     name="rprune",
@@ -92,6 +93,7 @@ for _panel, _commands in PANELS.items():
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and exits with a documented code."""
     try:
+        intensity()  # a misspelt one is found before hours are spent
         with joined():
             app(None if arguments is None else list(arguments))
     except RpruneError as error:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rprune.pipeline.cost import Cost
     from rprune.pipeline.profiling import Phase
     from rprune.reports.events import Live
-    from rprune.reports.schema import Claim, Gate, Report
+    from rprune.reports.schema import Claim, Gate, LineageEntry, Report
     from rprune.training.loop import EpochLog
 
 WIDE = 200  # columns where there is no terminal to ask
@@ -172,6 +172,8 @@ def print_artifact(artifact: Artifact, where: str) -> None:
         if "before" in counted:
             rows.append(["MACs, dense", f"{counted['before']:,}", f"{counted['dense']:,}"])
         rows.append(["MACs, without zeros", f"{counted['dense']:,}", f"{counted['sparse']:,}"])
+    if lineage[-1].energy is not None:
+        rows.append(["energy", "", _energy(lineage[-1])])
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
 
 
@@ -198,9 +200,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _energy(entry: LineageEntry) -> str:
+    """What a stage drew, and which devices were counted."""
+    from rprune.reports.energy import counted, intensity, spent
+
+    return "" if entry.energy is None else f"{spent(entry.energy, intensity())} ({counted(entry.energy)})"
+
+
 def print_stages(artifacts: Sequence[tuple[Artifact, str]]) -> None:
-    """One row a stage, with what it reached on the validation split."""
+    """One row a stage, with what it reached on the validation split, and what it drew where that is known."""
     rows = []
+    drawn = any(artifact.metadata.lineage[-1].energy is not None for artifact, _ in artifacts)
     for artifact, folder in artifacts:
         entry = artifact.metadata.lineage[-1]
         spec = entry.config.get("method") or entry.config.get("objective") or {}
@@ -213,10 +223,12 @@ def print_stages(artifacts: Sequence[tuple[Artifact, str]]) -> None:
                 percent(scores.get("validation_robust")),
                 f"{artifact.metadata.budget:,}" if artifact.metadata.budget else "",
                 f"{entry.seconds:.0f} s",
+                *([_energy(entry)] if drawn else []),
                 folder,
             ]
         )
-    columns = ["stage", "how", "clean (validation)", "robust (validation)", "kept", "time", "folder"]
+    energy = ["energy"] if drawn else []
+    columns = ["stage", "how", "clean (validation)", "robust (validation)", "kept", "time", *energy, "folder"]
     print_table("stages", columns, rows)
 
 

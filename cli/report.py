@@ -24,6 +24,7 @@ def report(
     """Show a report, or write its HTML page, its plots, its training as TensorBoard reads it."""
     from rprune.data.sources import load_data
     from rprune.files import atomic, refuse_overwrite
+    from rprune.reports.energy import intensity
     from rprune.reports.events import event_files
     from rprune.reports.evidence import broken_samples
     from rprune.reports.html import render_html
@@ -45,7 +46,7 @@ def report(
         except (InputError, FileNotFoundError) as error:
             note(f"without pictures of adversarial samples: {error}")
             samples = []
-        files[output] = render_html(found, samples).encode()
+        files[output] = render_html(found, samples, intensity()).encode()
     for path, content in files.items():
         with atomic(path) as temporary:
             temporary.write_bytes(content)

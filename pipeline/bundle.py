@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -34,6 +33,7 @@ from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidenc
 from rprune.pipeline.bench import Bench
 from rprune.pipeline.certifying import Certificates
 from rprune.pipeline.claims import certified_claims, empirical_claims, proved_samples
+from rprune.pipeline.energy import Meter
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.forms import FILES, Deployed, write_models
 from rprune.pipeline.recipe import ExportStage
@@ -41,6 +41,7 @@ from rprune.pipeline.stages import compacted
 from rprune.pipeline.targets import CPU, of_export
 from rprune.quantization.guarantees import exactness, saturating_pairs
 from rprune.quantization.ptq import Quantization
+from rprune.reports.energy import intensity
 from rprune.reports.evidence import broken_samples
 from rprune.reports.gate import Policy, judge
 from rprune.reports.html import render_html
@@ -103,14 +104,43 @@ def export(
 
     Raises:
         WorkError: a file disagrees with what it was made from, or the claims contradict each other.
-        UsageError: unknown attack suite.
+        UsageError: unknown attack suite; RPRUNE_CO2 is no number.
     """
-    started, here = time.monotonic(), world()
-    attacks = bench.suite(stage.suite)
-    if stage.compact:
-        artifact = compacted(bench, artifact)
-    deployed = Deployed.of(artifact)
-    model, twin = deployed.model, deployed.twin
+    attacks, grams, here = bench.suite(stage.suite), intensity(), world()
+    resumed = any(out.glob("model*"))
+    with Meter(bench.device) as meter:
+        deployed = Deployed.of(compacted(bench, artifact) if stage.compact else artifact)
+        facts, result = _measured(bench, deployed, stage, out, attacks, certificates)
+    made = {"seconds": round(meter.seconds, 3), "energy": meter.energy(here, resumed=resumed)}
+    if not here.first:
+        here.wait()
+        return read_report(out)
+    report = _report(bench, deployed, stage, out, source, facts, result, made)
+    if source.policy is not None:
+        report = report.model_copy(update={"gate": judge(report, source.policy)})
+    report = report.sealed()
+    write_json(out / "report.json", report.to_json())
+    # a rendering, not a subject: it shows the id of the report, which covers the subjects
+    report = read_report(out)
+    write_text(out / "report.html", render_html(report, broken_samples(out, report, bench.data.test), grams))
+    here.wait()
+    return report
+
+
+def _measured(
+    bench: Bench,
+    deployed: Deployed,
+    stage: ExportStage,
+    out: Path,
+    attacks: tuple[Attack, ...],
+    certificates: Certificates | None,
+) -> tuple[dict[str, Any], Robustness]:
+    """Write the files and their evidence; what the report says of them, and the attacks on the main file.
+
+    Of several processes the first one alone has something to say.
+    """
+    artifact, model, twin = deployed.artifact, deployed.model, deployed.twin
+    here = world()
     fidelity = write_models(deployed, stage.formats, bench, out) if here.first else []
     here.wait()
     stored = {name: stored_weights(out / name) for name in ("model.onnx", "model.int8.onnx") if (out / name).exists()}
@@ -127,15 +157,13 @@ def export(
         found = _attack(bench, target, out / name, attacks, stage, role, proved if role == main else None)
         settings = _settings(bench, target, found, name)
         claims += empirical_claims(found, bench.threat, role, file_digest(out / name), stage.suite, settings)
-    if not here.first:
-        here.wait()
-        return read_report(out)
     result = found.outcome
+    if not here.first:
+        return {}, result
     if certificates is not None:
         claims += certified_claims(bench, certificates, out / shipped[main], main, fidelity)
     certified = None if certificates is None else _certified(certificates)
     write_evidence(out / "evidence", result, bench.data.shape, certified)
-    seconds = round(time.monotonic() - started, 3)
     facts = {
         "sparsity": sparsity,
         "integers": integers,
@@ -144,16 +172,7 @@ def export(
         "fidelity": fidelity,
         "claims": claims,
     }
-    report = _report(bench, artifact, count_parameters(model), stage, out, source, facts, result, seconds)
-    if source.policy is not None:
-        report = report.model_copy(update={"gate": judge(report, source.policy)})
-    report = report.sealed()
-    write_json(out / "report.json", report.to_json())
-    # a rendering, not a subject: it shows the id of the report, which covers the subjects
-    report = read_report(out)
-    write_text(out / "report.html", render_html(report, broken_samples(out, report, bench.data.test)))
-    here.wait()
-    return report
+    return facts, result
 
 
 def _sparsity(
@@ -298,15 +317,16 @@ def _subjects(out: Path) -> list[Subject]:
 
 def _report(
     bench: Bench,
-    artifact: Artifact,
-    parameters: int,
+    deployed: Deployed,
     stage: ExportStage,
     out: Path,
     source: Source,
     facts: Mapping[str, Any],
     result: Robustness,
-    seconds: float,
+    made: Mapping[str, Any],
 ) -> Report:
+    """``made``: what the line of the lineage says of time and energy."""
+    artifact, parameters = deployed.artifact, count_parameters(deployed.model)
     metadata, data, integers = artifact.metadata, bench.data, facts["integers"]
     arch = metadata.arch
     entry = LineageEntry(
@@ -314,7 +334,7 @@ def _report(
         config=stage.model_dump(mode="json"),
         parent=artifact.digest,
         output=artifact.digest,
-        seconds=seconds,
+        **made,
     )
     subjects = _subjects(out)
     size = {subject.name: subject.bytes for subject in subjects if subject.role not in ("masks", "evidence")}

@@ -29,6 +29,7 @@ from rprune.objectives.base import OBJECTIVES, Objective
 from rprune.objectives.distillation import Distilled
 from rprune.pipeline.artifact import Artifact, Metadata, load_artifact
 from rprune.pipeline.bench import Bench, check_fits
+from rprune.pipeline.energy import Meter
 from rprune.pipeline.environment import environment
 from rprune.pipeline.forms import check_formats
 from rprune.pipeline.recipe import (
@@ -81,7 +82,26 @@ def run_stage(
     state_file: Path | None = None,
     teacher: Artifact | None = None,
 ) -> Artifact:
-    """Run a stage that leaves an artifact; ``arch`` is for training alone, ``source`` for all others."""
+    """Run a stage that leaves an artifact; ``arch`` is for training alone, ``source`` for all others.
+
+    Its line of the lineage says what it drew, where that can be read.
+    """
+    resumed = state_file is not None and state_file.exists()
+    with Meter(bench.device) as meter:
+        made = _run_stage(bench, stage, source, arch, state_file, teacher)
+    energy = meter.energy(world(), resumed=resumed)
+    *before, entry = made.metadata.lineage
+    return made.with_metadata(lineage=[*before, entry.model_copy(update={"energy": energy})])
+
+
+def _run_stage(
+    bench: Bench,
+    stage: Section,
+    source: Artifact | None,
+    arch: Architecture | None,
+    state_file: Path | None,
+    teacher: Artifact | None,
+) -> Artifact:
     if isinstance(stage, TrainStage):
         assert arch is not None
         return train(bench, arch, stage, state_file)

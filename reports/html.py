@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rprune.reports import plots
 from rprune.reports.canvas import DARK, LIGHT, element, styled
 from rprune.reports.claim_plots import accuracy
+from rprune.reports.energy import counted, spent, total
 from rprune.reports.schema import AttackRow, Claim, Report, Rule
 from rprune.reports.text import (
     FORMS,
@@ -53,8 +54,11 @@ class Sample:
     distance: float | None = None  # norm of the perturbation
 
 
-def render_html(report: Report, samples: Sequence[Sample] = ()) -> str:
-    """The page. Optional parts that the report or the caller does not give are left out."""
+def render_html(report: Report, samples: Sequence[Sample] = (), grams: float | None = None) -> str:
+    """The page. Optional parts that the report or the caller does not give are left out.
+
+    ``grams``: of CO2 equivalent a kWh (:func:`rprune.reports.energy.intensity`), to be told beside energy.
+    """
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -77,6 +81,11 @@ def render_html(report: Report, samples: Sequence[Sample] = ()) -> str:
             of=lambda metric: report.claim(metric, main),
             plots={f.__name__: f(report) for f in (accuracy, plots.layers, plots.training)},
             stages=[(entry, what(entry), _outcome(entry.metrics)) for entry in report.lineage],
+            energies=[entry.energy for entry in report.lineage if entry.energy],
+            counted=counted,
+            spent=spent,
+            total=total,
+            grams=grams,
             layers=[(layer, int(np.prod(layer.shape))) for layer in report.sparsity.by_layer],
             strip=_strip(samples[:STRIP], report),
             attacks=[(claim, _contributions(claim)) for claim in report.claims if claim.health or claim.attacks],

@@ -25,6 +25,7 @@ Role = Literal[
 ]  # fmt: skip
 Count = Annotated[int, pydantic.Field(ge=0)]
 Distance = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Joules = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
@@ -270,6 +271,25 @@ class Fidelity(Part):
     bit_equal: bool
 
 
+class Energy(Part):
+    """What the counters of devices told of a stage; ``pipeline.energy`` says which. Whole devices, whoever used them.
+
+    Of the processes that finished the stage, as the ``seconds`` of its entry are; where it was ``resumed``,
+    interrupted ones drew more.
+    """
+
+    seconds: float = pydantic.Field(ge=0)  # that the counters were read over
+    gpus: Count = 0  # of all processes
+    gpu_joules: Joules = 0.0
+    cpus: Count = 0  # packages
+    cpu_joules: Joules = 0.0
+    resumed: bool = False
+
+    @property
+    def joules(self) -> float:
+        return self.gpu_joules + self.cpu_joules
+
+
 class LineageEntry(Part):
     stage: str
     config: dict[str, Any]
@@ -278,6 +298,9 @@ class LineageEntry(Part):
     seconds: float
     metrics: dict[str, Any] = {}
     history: list[dict[str, float]] = []  # one table an epoch: loss, score, ...
+    energy: Energy | None = None  # None: no counter could be read
+
+    YOUNGER = frozenset({"energy"})
 
 
 class DataUsed(Part):
