@@ -71,7 +71,7 @@ def run(
             if not (quiet or as_json):
                 note(f"{'reused' if outcome.reused else 'done'}   {outcome.kind} -> {outcome.folder}")
 
-        outcomes = runner.run(announce)
+        outcomes = runner.run(announce, (lambda text: None) if quiet or as_json else note)
     report = next((outcome.report for outcome in outcomes if outcome.report is not None), None)
     passed = report is None or report.gate is None or report.gate.result == "passed"
     if as_json:

@@ -1,6 +1,6 @@
 """Write the generated documentation, or check that it is up to date (``--check``).
 
-docs/cli.md from Typer, docs/methods.md from the registries, tables of README and docs/performance.md from benchmarks.
+docs/cli.md from Typer, docs/methods.md from the registries, tables of README and others from benchmarks.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     wanted = {
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "methods.md": methods(),
-        **{ROOT / file: filled(file) for file in ("README.md", "docs/performance.md")},
+        **{ROOT / file: filled(file) for file in ("README.md", "docs/performance.md", "docs/scaling.md")},
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from rprune.pipeline.artifact import Artifact, DataRecord, load_artifact
 from rprune.pipeline.recipe import DataSection, ModelSection
 from rprune.threat import ThreatModel
 from rprune.training.loop import EpochLog
+from rprune.training.world import world
 
 
 class Reporter(Protocol):
@@ -61,6 +63,7 @@ class Bench:
         )
         chosen = pick_device(device)
         pseudo = _pseudo(section, data, chosen)
+        _digest_once([split for split in (data.train, data.validation, data.test, pseudo) if split is not None])
         return cls(data, section, threat or data.threat, seed, chosen, reporter or Silent(), pseudo)
 
     def loader(self, split: str) -> Loader:
@@ -92,6 +95,14 @@ class Bench:
             classes=list(self.data.classes),
             sha256=digests,
         )
+
+
+def _digest_once(splits: Sequence[Split]) -> None:
+    """Of several processes on one machine the first reads all bytes for the digests; others take its word."""
+    here = world()
+    if here.size > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", here.size)) == here.size:
+        for split in splits:
+            vars(split)["digest"] = here.shared(split.digest if here.first else None)
 
 
 def _pseudo(section: DataSection, data: DataSet, device: torch.device) -> Split | None:

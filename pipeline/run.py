@@ -142,8 +142,12 @@ class Runner:
     def _costs(self) -> list[Cost]:
         return [cost for _, cost in self.costs()]
 
-    def run(self, announce: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
-        """Run what is not done. Returns the outcome of every stage."""
+    def run(
+        self,
+        announce: Callable[[Outcome], None] = lambda outcome: None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> list[Outcome]:
+        """Run what is not done. Returns the outcome of every stage. ``tell``: of stages that a budget shortens."""
         for number, stage in enumerate(self.recipe.stage, 1):
             check_ours(self._folder(number, stage))
         if self.here.first:
@@ -157,6 +161,9 @@ class Runner:
             if self.anytime is not None:
                 self.stages[number - 1] = self.anytime.decide(number - 1, self._costs)
             stage = self.stages[number - 1]
+            epochs, asked = epochs_of(stage), epochs_of(self.recipe.stage[number - 1])
+            if epochs < asked:
+                tell(f"{stage.kind}: {epochs} of {asked} epochs, to fit the budget")
             folder, key = self._folder(number, stage), self._key(stage, parent)
             reused = self.here.shared(stored_key(folder) == key)
             if not reused:
