@@ -315,6 +315,30 @@ def halved(arch: str, pairs: int) -> dict[str, Any]:
     return summary(in_turns(full.step, half.step, pairs))
 
 
+def roofline(arch: str, pairs: int) -> dict[str, Any]:
+    """Operations a second of our HARP step, over those of a large matrix product of one thread."""
+    from rprune.pipeline.cost import Flops
+
+    ours, size = Ours(built(arch), "harp", "pgd-at"), 2048
+    factors = [torch.rand(size, size) for _ in range(2)]
+    x, y = data(0)
+    ours.step(x, y, 0)
+    with Flops() as counter:
+        ours.step(x, y, 0)
+    rates = []
+    for seed in range(pairs):
+        begun = time.process_time()
+        ours.step(x, y, seed)
+        between = time.process_time()
+        torch.mm(*factors)
+        rates.append((counter.total / (between - begun), 2 * size**3 / (time.process_time() - between)))
+    return {
+        "ratio": statistics.median(step / product for step, product in rates),
+        "flops": counter.total, "flops_per_second": statistics.median(step for step, _ in rates),
+        "product_flops_per_second": statistics.median(product for _, product in rates),
+    }  # fmt: skip
+
+
 def selection(pairs: int, size: int = 11_000_000) -> dict[str, Any]:
     """The mask of one percent of the scores: a sort and a scatter, and ours."""
     from rprune.pruning.masks import top_mask
@@ -375,6 +399,7 @@ def plan() -> dict[str, Callable[[int], dict[str, Any]]]:
     for arch in ARCHS:
         rows[f"HARP over dense, {arch}"] = functools.partial(overhead, arch)
         rows[f"bfloat16, {arch}"] = functools.partial(halved, arch)
+        rows[f"roofline, {arch}"] = functools.partial(roofline, arch)
         for batch in (BATCH, 128):
             rows[f"memory, {arch}, batch {batch}"] = functools.partial(memory, arch, batch)
     return rows | {"mask of 11 M scores": selection}
@@ -413,6 +438,7 @@ def table(result: dict[str, Any]) -> str:
         "its memory over that of a dense one, batch 32": "memory, {}, batch 32",
         "its memory over that of a dense one, batch 128": "memory, {}, batch 128",
         "bfloat16 in channels_last (AMX), times faster": "bfloat16, {}",
+        "operations a second, over those of a large matrix product": "roofline, {}",
     }.items():
         found = [rows.get(key.format(arch), {}).get("ratio") for arch in ARCHS]
         if any(found):

@@ -76,7 +76,7 @@ def cost(
         return Cost(0, flops, seconds, _memory(bench.device), seconds, at_most=True), source
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
-    counter, epochs = _Flops(), epochs_of(stage)
+    counter, epochs = Flops(), epochs_of(stage)
     tried = trial(bench, stage, source, arch, teacher, [None, counter, None])
     if not epochs:
         return Cost(0, 0.0, tried.around, _memory(bench.device), tried.around), tried.made
@@ -131,7 +131,7 @@ def _of_pass(net: nn.Module, gradient: bool, batch: Batch) -> tuple[float, float
                 net(batch.x)
 
     once()  # a net may try itself at first
-    with _Flops() as counter:
+    with Flops() as counter:
         once()
     return counter.total / len(batch.y), _seconds(once) / len(batch.y)
 
@@ -157,7 +157,7 @@ def _of_certificates(bench: Bench, stage: CertifyStage, source: Artifact) -> tup
             for _ in LOWER:
                 certify_bounds(network, loader(said, CPU), wide, ("ibp",), ids=torch.arange(1))
 
-        with _Flops() as counter:
+        with Flops() as counter:
             spent = _seconds(prove)
         more = _of_pass(network, True, first) if stage.falsify else (0.0, 0.0)
         flops += samples * (counter.total + FALSIFIER.queries() * more[0])
@@ -180,7 +180,7 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
     """Counts what is executed inside. FlopCounterMode would hook the modules, which gradients of images do not bear."""
 
     def __init__(self) -> None:
