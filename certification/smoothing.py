@@ -125,8 +125,13 @@ class Smoothing:
         self, predict: Predict, x: Float[Tensor, "b c h w"], samples: Sequence[int], classes: int, seed: int
     ) -> list[int]:
         """PREDICT with ``n`` draws: the smoothed classifier's class for each image, or ABSTAIN."""
-        drawn = self._counts(predict, x, samples, classes, derive(seed, "predict"), np.arange(len(x)), 0, self.n)
-        return [predicted(row, self.alpha) for row in drawn.tolist()]
+        return [predicted(row, self.alpha) for row in self.drawn(predict, x, samples, classes, seed, self.n).tolist()]
+
+    def drawn(
+        self, predict: Predict, x: Float[Tensor, "b c h w"], samples: Sequence[int], classes: int, seed: int, draws: int
+    ) -> NDArray[np.int64]:
+        """How many of so many draws each class has, ``(b, classes)``; other draws than those of a certificate."""
+        return self._counts(predict, x, samples, classes, derive(seed, "predict"), np.arange(len(x)), 0, draws)
 
     def verdict(self, guess: int, count: int, n: int, dimensions: int) -> Smoothed:
         found = radius(count, n, self.alpha, self.sigma, self.test, self.slack(dimensions))

@@ -29,6 +29,7 @@ from rprune.cli.report import report
 from rprune.cli.run import run
 from rprune.cli.schema import schema
 from rprune.cli.shrink import shrink
+from rprune.cli.sign import sign
 from rprune.cli.train import train
 from rprune.cli.unpack import unpack
 from rprune.cli.verify import verify
@@ -82,7 +83,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "certify": certify, "export": export, "unpack": unpack,
     },
     "Measure": {"evaluate": evaluate, "attack": attack, "bench": bench},
-    "Trust": {"verify": verify, "gate": gate, "report": report},
+    "Trust": {"verify": verify, "gate": gate, "report": report, "sign": sign},
     "Help": {"inspect": inspect, "list": list_, "schema": schema},
 }  # fmt: skip
 for _panel, _commands in PANELS.items():

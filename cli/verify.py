@@ -7,27 +7,50 @@ import typer
 from rich.text import Text
 
 from rprune.cli import options as o
-from rprune.cli.console import print_json, stdout
+from rprune.cli.console import ProgressLines, print_json, stdout
 from rprune.errors import unknown_name
+
+REATTACK = "reattack"
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The folder that export wrote.")],
-    level: Annotated[str, typer.Option("--level", help="hash, static, or replay (needs the data).")] = "replay",
+    level: Annotated[
+        str, typer.Option("--level", help="hash, static, replay (needs the data), or reattack.")
+    ] = "replay",
     policy: Annotated[
         Path | None, typer.Option("--policy", help="Also check that the report was made under this policy.")
     ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="Public key, PEM: its owner must have signed the bundle.")
+    ] = None,
     data: o.Data = None,
+    limit: Annotated[
+        int | None, typer.Option("-n", "--limit", help="reattack: so many samples of each kind.", min=1)
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="reattack: default: drawn, and told.", min=0)] = None,
     as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
-    """Re-check a bundle from its files alone. Exit 5 when bytes differ, 1 for a false claim."""
+    """Re-check a bundle from its files alone. Exit 5 when bytes or signature differ, 1 for a false claim.
+
+    reattack also attacks, proves and draws anew, under a seed that nobody knew before.
+    """
     from rprune.reports.gate import read_policy
     from rprune.reports.verify import LEVELS
     from rprune.reports.verify import verify as run_verify
 
-    if level not in LEVELS:
-        raise unknown_name("level", level, LEVELS)
-    found = run_verify(bundle, level, None if policy is None else read_policy(policy), data)
+    known = [*LEVELS, REATTACK]
+    if level not in known:
+        raise unknown_name("level", level, known)
+    first = next((each for each in LEVELS if each == level), LEVELS[-1])
+    found = run_verify(bundle, first, None if policy is None else read_policy(policy), data, key)
+    if level == REATTACK and found.passed:
+        from rprune.pipeline.reattack import Reattack
+
+        with ProgressLines(quiet or as_json) as reporter:
+            for name, run in Reattack(bundle, data, limit, seed, reporter).checks():
+                found.check(name, run)
     if as_json:
         checks = [vars(check) for check in found.checks]
         print_json({"level": level, "passed": found.passed, "integrity": found.integrity, "checks": checks})

@@ -3,7 +3,8 @@
 Levels, each including the ones before: ``hash`` (files are the ones the report names, and the report is the one its id
 names), ``static`` (sparsity, sizes, zeros, intervals, curves, what each attack added, and gate follow from the files
 and counts), ``replay`` (predictions, witnesses and counts are reproduced by ONNX Runtime on the data). That an attack's
-health follows from its checks is part of reading a report; their values stand as its maker measured them.
+health follows from its checks is part of reading a report; their values stand as its maker measured them. What a fourth
+level, ``reattack``, adds needs torch: :mod:`rprune.pipeline.reattack`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from rprune.certification.confidence import recounted
 from rprune.data.sources import load_data
-from rprune.errors import InputError, IntegrityError
+from rprune.errors import InputError, IntegrityError, UsageError
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.export.session import stored_weights
 from rprune.files import digest_of, file_digest
@@ -27,6 +28,7 @@ from rprune.reports.evidence import read_samples
 from rprune.reports.gate import Policy, PolicyRule, judge
 from rprune.reports.replay import Replay
 from rprune.reports.schema import Claim, Report, read_report
+from rprune.reports.signing import check_signature
 from rprune.reports.text import flags
 
 Level = Literal["hash", "static", "replay"]
@@ -56,7 +58,7 @@ class Verification:
         """Add the outcome of a check. Content that makes no sense fails it; it never passes and never crashes."""
         try:
             passed, detail = run()
-        except IntegrityError:
+        except (IntegrityError, UsageError):
             raise
         except Exception as error:  # whatever a stranger's file can cause
             passed, detail = False, f"cannot be checked: {str(error).splitlines()[0] if str(error) else error!r}"
@@ -65,7 +67,11 @@ class Verification:
 
 
 def verify(
-    folder: Path, level: Level = "replay", policy: Policy | None = None, data: str | None = None
+    folder: Path,
+    level: Level = "replay",
+    policy: Policy | None = None,
+    data: str | None = None,
+    key: Path | None = None,
 ) -> Verification:
     """Check a bundle up to ``level``; stops after the hashes when bytes are not the promised ones.
 
@@ -73,6 +79,7 @@ def verify(
         folder: the bundle, with report.json inside.
         policy: if given, the report must have been made and judged under this policy.
         data: where the test data is here; None: the source that the report names.
+        key: public key whose owner must have signed the bundle.
 
     Raises:
         InputError: no readable report, or the data is not there.
@@ -84,6 +91,8 @@ def verify(
     result.check("files", lambda: _files(paths, report))
     result.check("report id", lambda: (report.id == report.computed_id(), "report.json against its own id"))
     result.check("recipe", lambda: (digest_of(report.recipe) == report.recipe_sha256, "the recipe against its digest"))
+    if key is not None:
+        result.check("signature", lambda: check_signature(folder, key))
     result.integrity = all(check.passed for check in result.checks)
     if not result.integrity or level == "hash":
         return result
