@@ -315,6 +315,15 @@ def halved(arch: str, pairs: int) -> dict[str, Any]:
     return summary(in_turns(full.step, half.step, pairs))
 
 
+def compiled(arch: str, pairs: int) -> dict[str, Any]:
+    """Our HARP step, and as ``compile`` runs it, in float32."""
+    from rprune.models.running import Running
+
+    plain, other = (Ours(built(arch), "harp", "pgd-at") for _ in range(2))
+    other.attacked = Running(other.net, compiled=True)
+    return summary(in_turns(plain.step, other.step, pairs))
+
+
 def roofline(arch: str, pairs: int) -> dict[str, Any]:
     """Operations a second of our HARP step, over those of a large matrix product of one thread."""
     from rprune.pipeline.cost import Flops
@@ -399,6 +408,7 @@ def plan() -> dict[str, Callable[[int], dict[str, Any]]]:
     for arch in ARCHS:
         rows[f"HARP over dense, {arch}"] = functools.partial(overhead, arch)
         rows[f"bfloat16, {arch}"] = functools.partial(halved, arch)
+        rows[f"compiled, {arch}"] = functools.partial(compiled, arch)
         rows[f"roofline, {arch}"] = functools.partial(roofline, arch)
         for batch in (BATCH, 128):
             rows[f"memory, {arch}, batch {batch}"] = functools.partial(memory, arch, batch)
@@ -438,6 +448,7 @@ def table(result: dict[str, Any]) -> str:
         "its memory over that of a dense one, batch 32": "memory, {}, batch 32",
         "its memory over that of a dense one, batch 128": "memory, {}, batch 128",
         "bfloat16 in channels_last (AMX), times faster": "bfloat16, {}",
+        "compiled (--compile), times faster": "compiled, {}",
         "operations a second, over those of a large matrix product": "roofline, {}",
     }.items():
         found = [rows.get(key.format(arch), {}).get("ratio") for arch in ARCHS]

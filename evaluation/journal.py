@@ -64,10 +64,11 @@ class Journal(ABC):
                 part.unlink()
             for other in merge:
                 journal.merge(other)
-        known = here.shared(journal._text())
-        if not here.first:
-            journal._take_text(known)
-            journal.path = path.with_name(f"{path.name}.{here.rank + 1}of{here.size}")
+        if here.size > 1:
+            known = here.shared(journal._text())
+            if not here.first:
+                journal._take_text(known)
+                journal.path = path.with_name(f"{path.name}.{here.rank + 1}of{here.size}")
         return journal
 
     def spread(self: Kind, ids: Int64[Tensor, " n"], work: Callable[[Kind, Int64[Tensor, " m"]], None]) -> None:
