@@ -20,6 +20,7 @@ from rprune.cli.evaluate import evaluate
 from rprune.cli.export import export
 from rprune.cli.finetune import finetune
 from rprune.cli.gate import gate
+from rprune.cli.init import init
 from rprune.cli.inspect import inspect
 from rprune.cli.launch import joined
 from rprune.cli.listing import list_
@@ -84,7 +85,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Measure": {"evaluate": evaluate, "attack": attack, "bench": bench},
     "Trust": {"verify": verify, "gate": gate, "report": report, "sign": sign},
-    "Help": {"inspect": inspect, "list": list_, "schema": schema},
+    "Help": {"init": init, "inspect": inspect, "list": list_, "schema": schema},
 }  # fmt: skip
 for _panel, _commands in PANELS.items():
     for _name, _command in _commands.items():

@@ -282,8 +282,10 @@ def print_health(claim: Claim) -> None:
 
 
 def print_report(report: Report, where: str) -> None:
-    from rprune.reports.text import flags
+    from rprune.reports.text import SMOKE, flags
 
+    if report.smoke:
+        stdout.print(Text(SMOKE, "bold red"))
     rows = [
         [
             claim.metric.replace("_", " "),

@@ -42,7 +42,7 @@ def report(
         refuse_overwrite(path, force)
     if output is not None:
         try:
-            samples = broken_samples(folder, found, load_data(data or found.data.source).test)
+            samples = broken_samples(folder, found, load_data(data or found.data.source, limit=found.data.limit).test)
         except (InputError, FileNotFoundError) as error:
             note(f"without pictures of adversarial samples: {error}")
             samples = []

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from rprune.cli import options as o
 from rprune.cli.console import (
@@ -16,6 +17,7 @@ from rprune.cli.console import (
     print_report,
     print_stages,
     print_table,
+    stdout,
 )
 from rprune.cli.launch import launched
 
@@ -35,6 +37,10 @@ def run(
     ] = None,
     profile: o.Profile = None,
     dry_run: o.DryRun = False,
+    smoke: Annotated[
+        bool,
+        typer.Option("--smoke", help="See in about a minute whether the whole chain works; into a folder of its own."),
+    ] = False,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
     tensorboard: o.TensorBoard = None,
     as_json: o.Json = False,
@@ -45,10 +51,11 @@ def run(
         return
     from rprune.pipeline.recipe import read_recipe, shipped_recipes
     from rprune.pipeline.run import Outcome, Runner
+    from rprune.reports.text import SMOKE
 
     if not recipe.exists():
         recipe = shipped_recipes().get(str(recipe), recipe)
-    content = read_recipe(recipe, settings or [])
+    content = read_recipe(recipe, [*(settings or []), *(["smoke=true"] if smoke else [])])
     out = output or Path("runs") / content.name
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
         limit = None if budget is None else o.seconds(budget)
@@ -78,12 +85,14 @@ def run(
         stages: list[dict[str, Any]] = [{"kind": x.kind, "folder": str(x.folder), "reused": x.reused} for x in outcomes]
         print_json({"stages": stages, "report": None if report is None else report.to_json(), "gate_passed": passed})
     else:
+        if content.smoke:
+            stdout.print(Text(SMOKE, "bold red"))
         print_stages([(outcome.artifact, str(outcome.folder)) for outcome in outcomes if outcome.artifact is not None])
         if report is not None:
             print_report(report, str(outcomes[-1].folder))
             if not quiet:
-                note(f"Next: rprune verify {outcomes[-1].folder}")
-    if gate and not passed:
+                note(f"Next: rprune {f'run {recipe}' if content.smoke else f'verify {outcomes[-1].folder}'}")
+    if gate and not passed and not content.smoke:
         raise typer.Exit(1)
 
 

@@ -37,6 +37,7 @@ def verify(
     reattack also attacks, proves and draws anew, under a seed that nobody knew before.
     """
     from rprune.reports.gate import read_policy
+    from rprune.reports.text import SMOKE
     from rprune.reports.verify import LEVELS
     from rprune.reports.verify import verify as run_verify
 
@@ -53,8 +54,18 @@ def verify(
                 found.check(name, run)
     if as_json:
         checks = [vars(check) for check in found.checks]
-        print_json({"level": level, "passed": found.passed, "integrity": found.integrity, "checks": checks})
+        print_json(
+            {
+                "level": level,
+                "smoke": found.smoke,
+                "passed": found.passed,
+                "integrity": found.integrity,
+                "checks": checks,
+            }
+        )
     else:
+        if found.smoke:
+            stdout.print(Text(SMOKE, "bold red"))
         for check in found.checks:
             mark = Text("✓", "green") if check.passed else Text("✗", "bold red")
             stdout.print(Text.assemble(mark, f" {check.name:<36} {check.detail}"))

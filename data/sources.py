@@ -15,7 +15,18 @@ from zipfile import BadZipFile
 import numpy as np
 
 from rprune.data.shards import LAYOUT, class_names, indexed, shards_of
-from rprune.data.splits import ArraySplit, Augment, DataSet, FileSplit, Labels, Split, checked, hold_out, opened
+from rprune.data.splits import (
+    ArraySplit,
+    Augment,
+    DataSet,
+    FileSplit,
+    Labels,
+    Split,
+    at_most,
+    checked,
+    hold_out,
+    opened,
+)
 from rprune.data.stored import Store
 from rprune.errors import InputError, UsageError, unknown_name
 from rprune.threat import ThreatModel
@@ -49,7 +60,12 @@ KINDS = (*ABOUT, *TORCHVISION)
 
 
 def load_data(
-    source: str, *, download: bool = False, validation: float = VALIDATION_SHARE, augment: Augment | None = None
+    source: str,
+    *,
+    download: bool = False,
+    validation: float = VALIDATION_SHARE,
+    augment: Augment | None = None,
+    limit: int | None = None,
 ) -> DataSet:
     """Load a data set by its source string.
 
@@ -59,6 +75,7 @@ def load_data(
         download: may the network be used.
         validation: share of the training data held out for model selection, in (0, 1).
         augment: overrides the source's own augmentation.
+        limit: samples of each split, at most; always the same ones.
 
     Raises:
         UsageError: unknown source or a validation share outside (0, 1).
@@ -77,8 +94,8 @@ def load_data(
         raise unknown_name("data source", source, KINDS)
     full_train, test, classes, default_augment, eps = found
     train, held_out = hold_out(full_train, validation, ("train", "validation"))
-    threat = ThreatModel("linf", eps)
-    return DataSet(source, classes, train, held_out, test, augment or default_augment, threat)
+    train, held_out, test = (at_most(split, limit) for split in (train, held_out, test))
+    return DataSet(source, classes, train, held_out, test, augment or default_augment, ThreatModel("linf", eps))
 
 
 _Found = tuple[Split, Split, tuple[str, ...], Augment, str]

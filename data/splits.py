@@ -143,6 +143,13 @@ def hold_out(split: Split, fraction: float, names: tuple[str, str]) -> tuple[Spl
     return split.select(np.sort(order[cut:]), names[0]), split.select(np.sort(order[:cut]), names[1])
 
 
+def at_most(split: Split, limit: int | None) -> Split:
+    """The split, or ``limit`` of its samples, drawn once and for all by the permutation of :func:`hold_out`."""
+    if limit is None or len(split) <= limit:
+        return split
+    return split.select(np.sort(np.random.RandomState(0).permutation(len(split)).astype(np.int64)[:limit]))
+
+
 @contextmanager
 def opened(stored: Stored) -> Iterator[Any]:
     """A PIL image; InputError when it cannot be opened or decoded."""

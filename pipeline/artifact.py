@@ -46,6 +46,7 @@ class DataRecord(BaseModel):
     classes: list[str]
     sha256: dict[str, str]  # split -> digest
     pseudo: str | None = None
+    limit: int | None = None  # samples of each split, at most
 
 
 class Metadata(BaseModel):
@@ -61,6 +62,7 @@ class Metadata(BaseModel):
     eps: str
     objective: dict[str, Any]
     seed: int
+    smoke: bool = False
     sparsity: float | None = None
     budget: int | None = None  # kept weights, exactly
     dense_total: int | None = None  # conv and linear weights before shrinking

@@ -51,6 +51,7 @@ class Bench:
     reporter: Reporter = field(default_factory=Silent)
     pseudo: Split | None = None  # pseudo-labelled samples that join every training batch
     typed: frozenset[str] = frozenset()  # names of user code that the user wrote; names in files are not followed
+    smoke: bool = False  # what is made is to be marked: it shows that the chain works, and nothing else
     suites: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # a recipe's own, by name
     _loaders: dict[str, Loader] = field(default_factory=dict)
 
@@ -59,8 +60,9 @@ class Bench:
         cls, section: DataSection, threat: ThreatModel | None, seed: int, device: str, reporter: Reporter | None = None
     ) -> Bench:
         data = load_data(
-            section.source, download=section.download, validation=section.validation, augment=section.augment
-        )
+            section.source, download=section.download, validation=section.validation, augment=section.augment,
+            limit=section.limit,
+        )  # fmt: skip
         chosen = pick_device(device)
         pseudo = _pseudo(section, data, chosen)
         _digest_once([split for split in (data.train, data.validation, data.test, pseudo) if split is not None])
@@ -92,6 +94,7 @@ class Bench:
             source=self.data.source,
             validation=self.section.validation,
             augment=self.data.augment,
+            limit=self.section.limit,
             classes=list(self.data.classes),
             sha256=digests,
         )
@@ -111,7 +114,7 @@ def _pseudo(section: DataSection, data: DataSet, device: torch.device) -> Split 
         if section.pseudo_model is not None:
             raise UsageError("pseudo_model labels nothing", 'name the samples too: pseudo = "npz:FILE"')
         return None
-    found = load_data(section.pseudo, download=section.download, validation=section.validation)
+    found = load_data(section.pseudo, download=section.download, validation=section.validation, limit=section.limit)
     if found.shape != data.shape or len(found.classes) > len(data.classes):
         raise InputError(
             f"{section.pseudo} has {len(found.classes)} classes of {found.shape}, "

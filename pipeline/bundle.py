@@ -341,6 +341,7 @@ def _report(
     return Report(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         name=source.name,
+        smoke=bench.smoke,
         tool={"name": "rprune", "version": rprune.__version__, "source_sha256": source_digest()},
         subjects=subjects,
         model={
@@ -352,6 +353,7 @@ def _report(
         },
         data=DataUsed(
             source=data.source,
+            limit=bench.section.limit,
             classes=list(data.classes),
             samples=len(data.test),
             sha256=data.test.digest,

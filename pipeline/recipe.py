@@ -39,6 +39,7 @@ class DataSection(Section):
     augment: Augment | None = None
     pseudo: str | None = None  # a second source; its training split, labels included, joins every batch
     pseudo_model: str | None = None  # a model file whose predictions replace those labels
+    limit: Positive | None = None  # samples of each split, at most
     download: bool = False
 
 
@@ -237,6 +238,7 @@ class Recipe(Section):
     suites: dict[str, tuple[Spec, ...]] = {}  # attacks by a name of your own, for export's suite
     stage: tuple[Annotated[Stage, Field(discriminator="kind")], ...]
     policy: str | None = None
+    smoke: bool = False  # does the chain work? (:mod:`rprune.pipeline.smoke`)
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -248,7 +250,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a TOML file, with ``key=value`` overrides applied.
+    """A recipe from a TOML file, with ``key=value`` overrides applied; one with ``smoke`` as it will run.
 
     Raises UsageError: not there, not TOML, an unknown key (the nearest is offered), a value out of range, or stages in
     an order that cannot work.
@@ -267,6 +269,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         apply_preset(table)
     recipe: Recipe = validated(Recipe, table, str(path))
     _check_order(recipe)
+    if recipe.smoke:
+        from rprune.pipeline.smoke import smoked  # torch comes with it
+
+        recipe = smoked(recipe)
     return recipe
 
 

@@ -88,6 +88,7 @@ class Runner:
             threat = threat or start.metadata.threat
         self.bench = Bench.open(recipe.data, threat, recipe.seed, device, reporter)
         self.bench.suites = recipe.suites
+        self.bench.smoke = recipe.smoke or (isinstance(start, Artifact) and start.metadata.smoke)
         self.bench.typed = named_code(recipe.model_dump(mode="json"))
         self.arch = architecture(recipe.model, self.bench.data)
         self.start = self._adopted(start, folder)
@@ -225,6 +226,7 @@ class Runner:
                 "architecture": self.arch.to_dict(),
                 "threat": [bench.threat.norm, bench.threat.text],
                 "seed": bench.seed,
+                "smoke": bench.smoke,
                 "device": bench.device.type,
                 "teacher": self.teacher.identity if self.teacher and stage.kind == "finetune" else None,
                 "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,

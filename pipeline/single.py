@@ -53,6 +53,7 @@ def open_data(request: Request, reporter: Reporter, recorded: Artifact | None = 
             validation=record.validation,
             augment=None if changed else record.augment,  # type: ignore[arg-type]  # validated when it was recorded
             pseudo=None if changed else record.pseudo,
+            limit=None if changed else record.limit,
             download=request.download,
         )
     bench = Bench.open(section, threat, request.seed, request.device, reporter)
@@ -63,6 +64,7 @@ def open_data(request: Request, reporter: Reporter, recorded: Artifact | None = 
             )
         bench.threat = ThreatModel.of(request.norm or bench.threat.norm, request.eps or bench.threat.text)
     bench.typed = named_code([request.arch])
+    bench.smoke = recorded is not None and recorded.metadata.smoke
     return bench
 
 

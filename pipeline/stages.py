@@ -309,6 +309,7 @@ def _metadata(stage: str, arch: Architecture, bench: Bench, objective: Objective
         eps=bench.threat.text,
         objective=OBJECTIVES.describe(objective),
         seed=bench.seed,
+        smoke=bench.smoke,
         environment=environment(str(bench.device)),
     )
 

@@ -16,12 +16,15 @@ from rprune.evaluation.statistics import clopper_pearson
 from rprune.files import digest_of
 from rprune.registry import first_problem
 from rprune.reports.schema import Gate, Part, Report, Role, Rule
-from rprune.reports.text import doubts
+from rprune.reports.text import SMOKE, doubts
 
 LEVEL = 0.95
 OPS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 CLAIMED = ("clean_accuracy", "robust_accuracy", "certified_accuracy", "smoothed_certified_accuracy")
 MEASURED = ("sparsity", "kept", "bytes")
+NO_SMOKE = Rule(
+    metric="smoke", artifact="report", op="<=", threshold=0, bound="point", observed=1, passed=False, message=SMOKE
+)
 
 
 class PolicyRule(Part):
@@ -95,8 +98,9 @@ def rule_of(text: str, op: Literal[">=", "<="], bound: Literal["lower", "point"]
 
 def judge(report: Report, policy: Policy) -> Gate:
     """The outcome of every rule. A metric that the report does not claim fails its rule, and so does one whose attack
-    was weak or cut short, unless the rule allows that."""
-    rules = [_judge(report, rule) for rule in policy.gate]
+    was weak or cut short, unless the rule allows that. A smoke run fails a rule that every policy has."""
+    rules = [NO_SMOKE] if report.smoke else []
+    rules += [_judge(report, rule) for rule in policy.gate]
     result: Literal["passed", "failed"] = "passed" if all(rule.passed for rule in rules) else "failed"
     return Gate(policy_sha256=policy.sha256, result=result, rules=rules)
 

@@ -23,6 +23,9 @@ WHAT = dict.fromkeys(("method", "objective", "suite", "file", "methods"), "{}") 
 }  # fmt: skip
 
 
+SMOKE = "SMOKE RUN: it shows that the chain works; its numbers mean nothing"
+
+
 def percent(share: float, digits: int = 1) -> str:
     """Enough digits that what is not 0 % or 100 % never reads so."""
     while digits < 6 and 0 < share < 1 and float(f"{100 * share:.{digits}f}") in (0, 100):
