@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import pydantic
 
-from rprune.errors import InputError, UsageError, unknown_name
+from rprune.errors import InputError, RpruneError, UsageError, unknown_name
 
 T = TypeVar("T")
 
@@ -104,6 +105,16 @@ class Registry(Generic[T]):
         try:
             return pydantic.TypeAdapter(cls).validate_python(values)
         except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            *parents, last = (str(part) for part in problem["loc"])
+            owner: Any = cls
+            for part in parents:
+                owner = getattr(owner, part, None)  # the default of a field: a table inside
+            if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(owner):
+                inner = [".".join([*parents, field.name]) for field in dataclasses.fields(owner)]
+                raise unknown_name(f"option of {self.kind} {name}", ".".join([*parents, last]), inner) from None
+            if (found := misspelt(problem, f"{self.kind} {name}")) is not None:
+                raise found from None
             raise UsageError(
                 f"{self.kind} {name}: {first_problem(error)}", "see 'rprune list' for its options"
             ) from None
@@ -132,6 +143,14 @@ def first_problem(error: pydantic.ValidationError) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     return f"{place}: {message}" if place else message
+
+
+def misspelt(problem: Any, origin: str) -> RpruneError | None:
+    """For a validation error of a word that is none of a fixed list: the error that offers the nearest."""
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return None
+    place = ".".join(part for part in problem["loc"] if isinstance(part, str))
+    return unknown_name(f"{place} in {origin}", problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
 
 
 def load_object(reference: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypeAlias, get_args
 
-from rprune.errors import UsageError
+from rprune.errors import UsageError, unknown_name
 
 Norm: TypeAlias = Literal["linf", "l2"]
 
@@ -35,7 +35,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
-            raise UsageError(f"unknown norm '{self.norm}'", "use linf or l2")
+            raise unknown_name("norm", self.norm, get_args(Norm))
         if self.eps < 0:
             raise UsageError(f"eps {self.text} is negative", "eps is a distance in [0,1] pixel units")
 

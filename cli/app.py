@@ -16,6 +16,7 @@ from rprune.cli.attack import attack
 from rprune.cli.bench import bench
 from rprune.cli.certify import certify
 from rprune.cli.console import print_error, stdout
+from rprune.cli.doctor import doctor
 from rprune.cli.evaluate import evaluate
 from rprune.cli.export import export
 from rprune.cli.finetune import finetune
@@ -85,7 +86,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Measure": {"evaluate": evaluate, "attack": attack, "bench": bench},
     "Trust": {"verify": verify, "gate": gate, "report": report, "sign": sign},
-    "Help": {"init": init, "inspect": inspect, "list": list_, "schema": schema},
+    "Help": {"init": init, "inspect": inspect, "list": list_, "doctor": doctor, "schema": schema},
 }  # fmt: skip
 for _panel, _commands in PANELS.items():
     for _name, _command in _commands.items():

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rprune.cli import completion
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines, note, print_attack, print_json
 from rprune.cli.launch import launched
@@ -22,6 +23,7 @@ def attack(
             "--suite",
             help="A name of 'rprune list suites', several with commas, file.py:function, or harp-table; "
             "default: aa-standard, for 8-bit files aa-quant.",
+            autocompletion=completion.suites,
         ),
     ] = None,
     limit: o.Limit = None,

@@ -7,7 +7,7 @@ import typer
 
 from rprune.cli import options as o
 from rprune.cli.console import print_gate, print_json
-from rprune.errors import UsageError
+from rprune.errors import UsageError, unknown_name
 
 
 def gate(
@@ -39,7 +39,7 @@ def gate(
     from rprune.reports.schema import read_report
 
     if bound not in ("lower", "point"):
-        raise UsageError(f"unknown bound '{bound}'", "use lower or point")
+        raise unknown_name("bound", bound, ("lower", "point"))
     rules: list[dict[str, Any]] = [rule_of(text, ">=", bound) for text in at_least or []]  # type: ignore[arg-type]
     rules += [rule_of(text, "<=", bound) for text in at_most or []]  # type: ignore[arg-type]
     if allow_unreliable:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from rprune.cli import completion
 from rprune.cli import options as o
 from rprune.cli.console import note, print_json, stdout
 from rprune.errors import UsageError, unknown_name
@@ -15,12 +16,20 @@ POLICY = "gate.toml"
 
 def init(
     data: o.Data = None,
-    arch: Annotated[str | None, typer.Option("--arch", help="Architecture; default: one that fits the data.")] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch", help="Architecture; default: one that fits the data.", autocompletion=completion.architectures
+        ),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="A trained model file to start from; then nothing is trained anew.")
     ] = None,
     origin: Annotated[
-        str | None, typer.Option("--from", help="Copy a shipped recipe: a name of 'rprune list recipes'.")
+        str | None,
+        typer.Option(
+            "--from", help="Copy a shipped recipe: a name of 'rprune list recipes'.", autocompletion=completion.recipes
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The recipe to write.")] = Path("recipe.toml"),
     force: o.Force = False,

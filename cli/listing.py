@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rprune.cli import completion
 from rprune.cli import options as o
 from rprune.cli.console import print_json, print_table
 from rprune.errors import unknown_name
@@ -23,7 +24,10 @@ COLUMNS = {
 
 
 def list_(
-    kind: Annotated[str, typer.Argument(help=f"One of: {', '.join(KINDS)}.")] = "methods", as_json: o.Json = False
+    kind: Annotated[
+        str, typer.Argument(help=f"One of: {', '.join(KINDS)}.", autocompletion=completion.of(*KINDS))
+    ] = "methods",
+    as_json: o.Json = False,
 ) -> None:
     """Methods, objectives, attacks, architectures and data sources that this installation knows."""
     if kind not in KINDS:
@@ -60,7 +64,8 @@ def known(kind: str) -> list[dict[str, Any]]:
         where = "torchvision's, in NAME:DIR, $RPRUNE_DATA or ~/.cache/rprune; --download fetches it"
         return [{"name": name, "what": ABOUT.get(name, where)} for name in SOURCES]
     if kind == "suites":
-        from rprune.attacks.suites import ABOUT, SUITES, TABLES
+        from rprune.attacks.names import ABOUT, TABLES
+        from rprune.attacks.suites import SUITES
 
         suites = [
             {"name": name, "what": ABOUT[name], "attacks": [_brief(attack) for attack in attacks]}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rprune.cli import completion
 from rprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,18 +28,27 @@ Data = Annotated[
         "--data",
         help="digits, npz:FILE, imagefolder:DIR, webdataset:DIR, cifar10, ...; "
         "default: the data the model was made with.",
+        autocompletion=completion.data,
     ),
 ]
 Arch = Annotated[
     str | None,
     typer.Option(
-        "--arch", "--model", help="Architecture: built in, torchvision:NAME, pkg.module:factory or file.py:factory."
+        "--arch",
+        "--model",
+        help="Architecture: built in, torchvision:NAME, pkg.module:factory or file.py:factory.",
+        autocompletion=completion.architectures,
     ),
 ]
 Eps = Annotated[str | None, typer.Option("--eps", help="Radius of the threat in [0,1] pixel units, e.g. 8/255.")]
-Norm = Annotated[str | None, typer.Option("--norm", help="linf or l2.")]
+Norm = Annotated[str | None, typer.Option("--norm", help="linf or l2.", autocompletion=completion.of("linf", "l2"))]
 Objective = Annotated[
-    str | None, typer.Option("--objective", help="A name of 'rprune list objectives', or file.py:Class.")
+    str | None,
+    typer.Option(
+        "--objective",
+        help="A name of 'rprune list objectives', or file.py:Class.",
+        autocompletion=completion.objectives,
+    ),
 ]
 Preset = Annotated[
     str | None, typer.Option("--preset", help="paper or rprune: settings that the options do not say; METHOD:paper.")
@@ -77,12 +87,18 @@ TensorBoard = Annotated[
 Suite = Annotated[
     str | None,
     typer.Option(
-        "--suite", help="Attacks for robust accuracy: a name of 'rprune list suites', or several with commas."
+        "--suite",
+        help="Attacks for robust accuracy: a name of 'rprune list suites', or several with commas.",
+        autocompletion=completion.suites,
     ),
 ]
 Formats = Annotated[
     str | None,
-    typer.Option("--format", help="safetensors, onnx, onnx-int8, onnx-compact, packed, c; several with commas."),
+    typer.Option(
+        "--format",
+        help="safetensors, onnx, onnx-int8, onnx-compact, packed, c; several with commas.",
+        autocompletion=completion.formats,
+    ),
 ]
 Health = Annotated[
     bool, typer.Option("--health/--no-health", help="Check the attack itself, and find the curve over eps.")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from rprune.cli import completion
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines
 from rprune.cli.launch import launched
@@ -19,7 +20,13 @@ def prune(
         typer.Option("--macs", help="Instead of a sparsity: share of the dense multiply-accumulates to keep, 0 to 1."),
     ] = None,
     method: Annotated[
-        str, typer.Option("-m", "--method", help="A name of 'rprune list methods', or file.py:Class.")
+        str,
+        typer.Option(
+            "-m",
+            "--method",
+            help="A name of 'rprune list methods', or file.py:Class.",
+            autocompletion=completion.methods,
+        ),
     ] = "harp",
     output: o.Output = None,
     data: o.Data = None,

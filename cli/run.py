@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
+from rprune.cli import completion
 from rprune.cli import options as o
 from rprune.cli.console import (
     ProgressLines,
@@ -20,6 +23,9 @@ from rprune.cli.console import (
     stdout,
 )
 from rprune.cli.launch import launched
+from rprune.errors import unknown_name
+
+ORIGINS = {"COMMANDLINE": "option", "ENVIRONMENT": "environment", "DEFAULT": "default"}
 
 if TYPE_CHECKING:
     from rprune.pipeline.recipe import Recipe
@@ -27,7 +33,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped one: digits.")],
+    context: typer.Context,
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A recipe file, or the name of a shipped one: digits.", autocompletion=completion.recipes),
+    ],
     output: o.Output = None,
     settings: o.Set = None,
     device: o.Device = "auto",
@@ -40,6 +50,9 @@ def run(
     smoke: Annotated[
         bool,
         typer.Option("--smoke", help="See in about a minute whether the whole chain works; into a folder of its own."),
+    ] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print every value of the run with where it comes from, and stop.")
     ] = False,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
     tensorboard: o.TensorBoard = None,
@@ -54,9 +67,15 @@ def run(
     from rprune.reports.text import SMOKE
 
     if not recipe.exists():
-        recipe = shipped_recipes().get(str(recipe), recipe)
+        known = shipped_recipes()
+        if not recipe.suffix and str(recipe) not in known:
+            raise unknown_name("recipe", str(recipe), known)
+        recipe = known.get(str(recipe), recipe)
     content = read_recipe(recipe, [*(settings or []), *(["smoke=true"] if smoke else [])])
     out = output or Path("runs") / content.name
+    if show_config:
+        _show_config(context, recipe, settings or [], smoke, out, as_json)
+        return
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
         limit = None if budget is None else o.seconds(budget)
         runner = Runner(content, recipe.parent, out, reporter, device, limit)
@@ -110,3 +129,31 @@ def _dry_run(content: Recipe, runner: Runner, plan: list[list[str]], as_json: bo
     if epochs is not None and runner.anytime is not None:
         fit = ", ".join(f"{kind} {count}" for (kind, _), count in zip(costs, epochs, strict=True) if count)
         note(f"Epochs within {duration(runner.anytime.seconds)}: {fit}.")
+
+
+def _show_config(
+    context: typer.Context, recipe: Path, overrides: list[str], smoke: bool, out: Path, as_json: bool
+) -> None:
+    """Every value with its origin: those of the recipe, then those of this run."""
+    from rprune.data.sources import TORCHVISION
+    from rprune.pipeline.origins import Setting
+    from rprune.pipeline.origins import settings as resolved
+
+    rows = resolved(recipe, overrides, smoke)
+    for name in ("device", "gpus", "budget", "output"):
+        value = str(out) if name == "output" else context.params[name]
+        rows.append(Setting(name, value, ORIGINS[_source(context, name)]))
+    kind, _, place = str(next(row.value for row in rows if row.key == "data.source")).partition(":")
+    if kind in TORCHVISION and not place:
+        folder = os.environ.get("RPRUNE_DATA")
+        rows.append(Setting("data folder", folder or "~/.cache/rprune", "environment" if folder else "default"))
+    if as_json:
+        print_json([vars(row) for row in rows])
+        return
+    cells = [[row.key, row.value if isinstance(row.value, str) else json.dumps(row.value), row.origin] for row in rows]
+    print_table(str(recipe), ["key", "value", "origin"], cells, words=True)
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name

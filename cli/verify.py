@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from rprune.cli import completion
 from rprune.cli import options as o
 from rprune.cli.console import ProgressLines, print_json, stdout
 from rprune.errors import unknown_name
@@ -16,7 +17,12 @@ REATTACK = "reattack"
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The folder that export wrote.")],
     level: Annotated[
-        str, typer.Option("--level", help="hash, static, replay (needs the data), or reattack.")
+        str,
+        typer.Option(
+            "--level",
+            help="hash, static, replay (needs the data), or reattack.",
+            autocompletion=completion.of("hash", "static", "replay", REATTACK),
+        ),
     ] = "replay",
     policy: Annotated[
         Path | None, typer.Option("--policy", help="Also check that the report was made under this policy.")

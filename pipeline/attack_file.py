@@ -10,7 +10,8 @@ from typing import Any
 
 import rprune
 from rprune.attacks.base import Attack
-from rprune.attacks.suites import HARP_EPS, TABLES, with_transfer
+from rprune.attacks.names import TABLES
+from rprune.attacks.suites import HARP_EPS, with_transfer
 from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.ledger import Ledger

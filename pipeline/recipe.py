@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rprune.data.splits import Augment
 from rprune.errors import UsageError, unknown_name
-from rprune.registry import first_problem
+from rprune.registry import first_problem, misspelt
 from rprune.threat import ThreatModel
 
 Spec: TypeAlias = str | dict[str, Any]
@@ -255,12 +255,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UsageError: not there, not TOML, an unknown key (the nearest is offered), a value out of range, or stages in
     an order that cannot work.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read recipe {path}: {error.strerror}", "check the path") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe {path} is not TOML: {error}", "see recipes/digits.toml for one") from None
+    table = read_table(path)
     for text in overrides:
         override(table, text)
     if table.get("preset") is not None:
@@ -276,6 +271,16 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """A recipe as it stands in its file. Raises UsageError: not there, not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}", "check the path") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {path} is not TOML: {error}", "'rprune init' writes one") from None
+
+
 def validated(section: type[Any], table: Mapping[str, Any], origin: str) -> Any:
     """Validate a table; the error names the key, and for an unknown one the nearest that exists."""
     try:
@@ -288,6 +293,8 @@ def validated(section: type[Any], table: Mapping[str, Any], origin: str) -> Any:
             raise unknown_name(f"key in {origin}", ".".join(place), _siblings(section, place)) from None
         if problem["type"] == "union_tag_invalid":
             raise unknown_name(f"stage in {origin}", str(problem["ctx"]["tag"]), STAGES) from None
+        if (found := misspelt(problem, origin)) is not None:
+            raise found from None
         field = next((s.model_fields[str(problem["loc"][-1])] for s in STAGES.values()
                       if problem["loc"] and str(problem["loc"][-1]) in s.model_fields), None)  # fmt: skip
         hint = field.description if field is not None and field.description else "correct the value"
@@ -321,6 +328,8 @@ def override(table: dict[str, Any], setting: str) -> None:
     for part in parents:
         if isinstance(place, list):
             stages = [entry for entry in place if entry.get("kind") == part]
+            if part not in STAGES:
+                raise unknown_name(f"stage of --set {setting}:", part, STAGES)
             if not stages:
                 kinds = ", ".join(str(entry.get("kind")) for entry in place)
                 raise UsageError(f"--set {setting}: the recipe has no {part} stage", f"its stages are {kinds}")

@@ -84,14 +84,15 @@ def run_stage(
 ) -> Artifact:
     """Run a stage that leaves an artifact; ``arch`` is for training alone, ``source`` for all others.
 
-    Its line of the lineage says what it drew, where that can be read.
+    Its line of the lineage says what it drew, where that can be read. What a smoke run makes is marked.
     """
     resumed = state_file is not None and state_file.exists()
     with Meter(bench.device) as meter:
         made = _run_stage(bench, stage, source, arch, state_file, teacher)
     energy = meter.energy(world(), resumed=resumed)
     *before, entry = made.metadata.lineage
-    return made.with_metadata(lineage=[*before, entry.model_copy(update={"energy": energy})])
+    lineage = [*before, entry.model_copy(update={"energy": energy})]
+    return made.with_metadata(lineage=lineage, smoke=bench.smoke)
 
 
 def _run_stage(
@@ -309,7 +310,6 @@ def _metadata(stage: str, arch: Architecture, bench: Bench, objective: Objective
         eps=bench.threat.text,
         objective=OBJECTIVES.describe(objective),
         seed=bench.seed,
-        smoke=bench.smoke,
         environment=environment(str(bench.device)),
     )
 

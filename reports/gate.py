@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from rprune.errors import UsageError, unknown_name
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.files import digest_of
-from rprune.registry import first_problem
+from rprune.registry import first_problem, misspelt
 from rprune.reports.schema import Gate, Part, Report, Role, Rule
 from rprune.reports.text import SMOKE, doubts
 
@@ -70,6 +70,13 @@ def policy_of(table: dict[str, Any], origin: str) -> Policy:
     try:
         policy = Policy.model_validate(table)
     except pydantic.ValidationError as error:
+        problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        if problem["type"] == "extra_forbidden":
+            place = problem["loc"]
+            known = PolicyRule.model_fields if len(place) > 1 else Policy.model_fields
+            raise unknown_name(f"key in policy {origin}", str(place[-1]), known) from None
+        if (found := misspelt(problem, f"policy {origin}")) is not None:
+            raise found from None
         raise UsageError(
             f"policy {origin}: {first_problem(error)}", "keys: metric, artifact, op, value, bound, allow_unreliable"
         ) from None

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from rprune.attacks.apgd import APGD
+from rprune.attacks.names import ABOUT, TABLES
 from rprune.attacks.pgd import PGD
 from rprune.attacks.square import Square
-from rprune.attacks.suites import ABOUT, SUITES, TABLES, suite, with_transfer
+from rprune.attacks.suites import SUITES, suite, with_transfer
 from rprune.attacks.transfer import Transfer
 from rprune.data.loaders import Resident
 from rprune.errors import InputError, UsageError

@@ -15,7 +15,7 @@ from rprune.pipeline.recipe import DataSection, PruneStage, read_recipe, shipped
 from rprune.pipeline.run import Runner
 from rprune.pipeline.single import Request, open_model
 from rprune.pipeline.smoke import SAMPLES, weakened
-from rprune.pipeline.stages import epochs_of, prune
+from rprune.pipeline.stages import epochs_of, run_stage
 from rprune.threat import ThreatModel
 
 RECIPE = """
@@ -114,7 +114,7 @@ def test_the_mark_stays_with_what_is_made_of_a_smoke_model(trained, tmp_path):
 
     bench = Bench.open(DataSection(source="digits", limit=20), None, 0, "cpu")
     bench.smoke = True
-    marked = prune(bench, trained, PruneStage(method="lwm", sparsity=0.5))
+    marked = run_stage(bench, PruneStage(method="lwm", sparsity=0.5), trained)
     assert marked.metadata.smoke
     save_artifact(marked, tmp_path / "m.pt")
     opened, found = open_model(tmp_path / "m.pt", Request(), Silent())
