@@ -60,9 +60,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def readable_json(value: Any) -> str:
+    """With the key order and number format of the canonical form."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Readable, but with the key order and number format of the canonical form."""
-    write_text(path, json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, readable_json(value))
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -1,6 +1,7 @@
 """Write the generated documentation, or check that it is up to date (``--check``).
 
-docs/cli.md from Typer, docs/methods.md from the registries, tables of README and others from benchmarks.
+docs/cli.md from Typer, docs/methods.md from the registries, tables of docs/report.md from the schema, those of README
+and others from benchmarks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +69,56 @@ def methods() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def report_fields() -> str:
+    """The file on reports with a table of the fields of each part, between ``<!-- fields -->`` and ``<!-- end -->``."""
+    from rprune.reports.schema import Report
+
+    schema = Report.model_json_schema()
+    parts = {"Report": schema} | schema["$defs"]
+    order = ["Report"]
+    for part in order:  # grows: parts follow the one that first holds them
+        named = re.findall(r'"#/\$defs/(\w+)"', json.dumps(parts[part]["properties"]))
+        order += [name for name in dict.fromkeys(named) if name not in order]
+    tables = []
+    for part in order:
+        about = " ".join(parts[part].get("description", "").replace("``", "`").split())
+        rows = [f"| `{name}` | {_kind(field, name in parts[part].get('required', []))} | {_about(field)} |"
+                for name, field in parts[part]["properties"].items()]  # fmt: skip
+        tables.append("\n".join([f"### {part}", "", about, "", "| field | type | meaning |", "|---|---|---|", *rows]))
+    body = "\n\n".join(tables)
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    block = f"<!-- fields -->\n{body}\n<!-- end -->"
+    return re.sub(r"<!-- fields -->.*<!-- end -->", lambda _: block, text, flags=re.DOTALL)
+
+
+def _kind(field: dict[str, Any], required: bool) -> str:
+    """A field's type in words; what may be absent says so."""
+    options = [option for option in field.get("anyOf", [field]) if option.get("type") != "null"]
+    words = " or ".join(_type(option) for option in options)
+    null = len(options) < len(field.get("anyOf", options))
+    return f"{words}{', or null' if required and null else '' if required else ', optional'}"
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        name = field["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field.get("type") == "array":
+        return f"list of {_kind(field['items'], True)}"
+    if field.get("type") == "object":
+        values = field.get("additionalProperties")
+        return f"table of {_kind(values, True)}" if isinstance(values, dict) else "table"
+    return {"string": "text", "boolean": "true or false"}.get(field.get("type", ""), field.get("type", "any"))
+
+
+def _about(field: dict[str, Any]) -> str:
+    return " ".join(field["description"].replace("``", "`").replace("|", "\\|").split())
+
+
 def filled(file: str) -> str:
     """A file with each block between ``<!-- table: NAME -->`` and ``<!-- end -->`` made from its benchmark's result."""
     text = (ROOT / file).read_text(encoding="utf-8")
@@ -88,6 +140,7 @@ def main() -> None:
     wanted = {
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "methods.md": methods(),
+        ROOT / "docs" / "report.md": report_fields(),
         **{ROOT / file: filled(file) for file in ("README.md", "docs/performance.md", "docs/scaling.md")},
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

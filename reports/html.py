@@ -16,9 +16,10 @@ from rprune.reports import plots
 from rprune.reports.canvas import DARK, LIGHT, element, styled
 from rprune.reports.claim_plots import accuracy
 from rprune.reports.energy import counted, spent, total
-from rprune.reports.schema import AttackRow, Claim, Report, Rule
+from rprune.reports.schema import AttackRow, Claim, Report
 from rprune.reports.text import (
     FORMS,
+    KINDS,
     METRICS,
     NORMS,
     SMOKE,
@@ -26,11 +27,14 @@ from rprune.reports.text import (
     duration,
     flags,
     length,
+    main_role,
     number,
     percent,
     short,
+    sides,
     size,
     threat,
+    verdict,
     what,
     words,
 )
@@ -68,7 +72,7 @@ def render_html(report: Report, samples: Sequence[Sample] = (), grams: float | N
         f.__name__: f for f in (percent, size, short, duration, number, words, doubts, flags)
     }
     environment.filters |= filters | {"form": lambda role: FORMS.get(role, role)} | {"svg": element}
-    main = "onnx-int8" if report.subject("onnx-int8") else "onnx"
+    main = main_role(report)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     with styled():
         return page.render(
@@ -76,6 +80,7 @@ def render_html(report: Report, samples: Sequence[Sample] = (), grams: float | N
             main=main,
             METRICS=METRICS,
             SMOKE=SMOKE,
+            KINDS=KINDS,
             LIGHT=LIGHT,
             DARK=DARK,
             threat=threat,
@@ -91,21 +96,11 @@ def render_html(report: Report, samples: Sequence[Sample] = (), grams: float | N
             layers=[(layer, int(np.prod(layer.shape))) for layer in report.sparsity.by_layer],
             strip=_strip(samples[:STRIP], report),
             attacks=[(claim, _contributions(claim)) for claim in report.claims if claim.health or claim.attacks],
-            rules=[(rule, *_sides(rule)) for rule in report.gate.rules] if report.gate else [],
+            rules=[(rule, *sides(rule)) for rule in report.gate.rules] if report.gate else [],
             claims=[(claim, _flat(claim.settings)) for claim in report.claims],
             environment=_flat(report.environment),
             model=_flat({key: value for key, value in report.model.items() if key != "labels"}),
         )
-
-
-def verdict(report: Report) -> tuple[str, str]:
-    """(``passed``, ``failed`` or ``none``, the sentence for it)."""
-    if report.gate is None:
-        return "none", "No gate: this report was not held against a policy"
-    count, missed = len(report.gate.rules), sum(not rule.passed for rule in report.gate.rules)
-    if report.gate.result == "passed":
-        return "passed", f"Gate passed: {'the only rule is' if count == 1 else f'all {count} rules are'} met"
-    return "failed", f"Gate failed: {missed} of {count} rules {'is' if missed == 1 else 'are'} not met"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -124,14 +119,10 @@ def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _outcome(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    return _flat({key: value for key, value in metrics.items() if key not in DRAWN})
-
-
-def _sides(rule: Rule) -> tuple[str, str]:
-    """Observed value and threshold in the unit of the metric."""
-    shares: dict[str, Callable[[float], str]] = dict.fromkeys(METRICS, percent)
-    write = {**shares, "sparsity": lambda value: percent(value, 2), "bytes": size}.get(rule.metric, number)
-    return "not claimed" if rule.observed is None else write(rule.observed), write(rule.threshold)
+    """What no plot shows, named without the table that it stands in where that says nothing."""
+    rows = _flat({key: value for key, value in metrics.items() if key not in DRAWN})
+    rows = [(name.removeprefix("validation.").removeprefix("search."), value) for name, value in rows]
+    return [(words(name.replace(".", " ")), value) for name, value in rows if name != "score"]
 
 
 def _contributions(claim: Claim) -> list[tuple[AttackRow, float, float]]:

@@ -38,6 +38,7 @@ SHARES = {  # dashes tell lines apart where colours do not
 }
 DASHES, WHEEL = ("--", "-.", ":"), (BLUE, ORANGE, GREEN, PURPLE)
 ALLOCATIONS = {"uniform": ("uniform", "D", ORANGE), "erk": ("ERK", "s", GREEN), "lamp": ("LAMP", "o", PURPLE)}
+LONGEST = 32  # characters of a layer's name beside its bar
 FEW = 12  # epochs up to which each has a dot of its own
 
 
@@ -81,7 +82,8 @@ def _density(report: Report) -> Plot:
         at = [(max(other[name], left), i) for i, name in enumerate(names) if name in other]
         style = {"markerfacecolor": "none", "markeredgewidth": 1.4, "linestyle": "none", "clip_on": False}
         marks += axis.plot(*zip(*at, strict=True), marker, color=colour, markersize=4.5, label=label, **style)
-    axis.set_yticks(rows, [name.removesuffix(".weight") for name in names])
+    titles = [name.removesuffix(".weight") for name in names]
+    axis.set_yticks(rows, [title if len(title) <= LONGEST else f"…{title[1 - LONGEST :]}" for title in titles])
     axis.set_ylim(len(names) - 0.4, -0.6)
     if left:
         log_scale(axis, "x", percents)

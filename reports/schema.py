@@ -29,9 +29,10 @@ Joules = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    YOUNGER: ClassVar[frozenset[str]] = frozenset()  # fields that are not written at their default
+    # fields that are not written at their default
+    YOUNGER: ClassVar[frozenset[str]] = frozenset()
 
     @pydantic.model_serializer(mode="wrap")
     def _write(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -48,16 +49,26 @@ class Subject(Part):
     """A file of the bundle."""
 
     name: str
+    """Path below the bundle's folder."""
     role: Role
+    """What the file is; ``c`` and ``c-header`` are source code."""
     sha256: str
+    """Of its bytes."""
     bytes: int
+    """Its size."""
 
 
 class Interval(Part):
+    """A two-sided confidence interval of a share."""
+
     method: Literal["clopper-pearson"] = "clopper-pearson"
+    """Exact binomial."""
     level: float = pydantic.Field(default=0.95, gt=0, lt=1)
+    """Coverage."""
     lower: float
+    """Lower end, in [0, 1]."""
     upper: float
+    """Upper end, in [0, 1]."""
 
     @classmethod
     def of(cls, correct: int, n: int, level: float = 0.95) -> Interval:
@@ -66,10 +77,16 @@ class Interval(Part):
 
 
 class Threat(Part):
+    """What an adversary may do to an image."""
+
     norm: Literal["linf", "l2"]
-    eps: str  # as the user wrote it
+    """Norm of the perturbation."""
+    eps: str
+    """Its largest size, as the user wrote it."""
     eps_float: float
+    """The same as a number."""
     space: Literal["[0,1] pixels"] = "[0,1] pixels"
+    """What eps is measured in; perturbed pixels stay in it."""
 
     @classmethod
     def of(cls, threat: ThreatModel) -> Threat:
@@ -87,19 +104,28 @@ class Point(Part):
     """One point of a curve: certified or robust accuracy at another eps or radius."""
 
     at: float
+    """eps or radius, in [0,1] pixels."""
     correct: int
+    """Samples that are right, or proved, there."""
     value: float
+    """The same over ``n`` of the claim."""
 
 
 class HealthCheck(Part):
     """One sign that an attack was weak. ``value`` None: it did not apply, and ``detail`` says why."""
 
     id: str = pydantic.Field(pattern=r"^R([1-9]|1[0-5])$")
+    """R1 to R15, of ``evaluation.health``."""
     name: str
+    """What a failure means."""
     value: pydantic.FiniteFloat | None = None
+    """What was measured."""
     limit: pydantic.FiniteFloat
+    """The largest value that passes."""
     passed: bool
+    """Whether the value is at most the limit, or there is none."""
     detail: str
+    """The counts behind it."""
 
     @classmethod
     def of(cls, id: str, name: str, value: float | None, limit: float, detail: str = "") -> HealthCheck:
@@ -116,7 +142,9 @@ class Health(Part):
     """Whether the attack behind a claim can be trusted to have been strong: every check passed."""
 
     status: Literal["ok", "failed"]
+    """Follows from the checks."""
     checks: list[HealthCheck]
+    """Each at most once."""
 
     @classmethod
     def of(cls, checks: list[HealthCheck]) -> Health:
@@ -139,43 +167,65 @@ class AttackRow(Part):
     """One attack of a suite, run on the samples that the attacks before it left."""
 
     name: str
+    """Its name in the suite."""
     kind: Literal["white-box", "black-box", "transfer"]
+    """Uses gradients of the search net, queries of the file, or points found on a parent."""
     tried: Count
-    broken: Count  # by the file's own verdict
-    misses: Count  # fooled the search net only
-    invalid: Count = 0  # points at which the file has no finite logits: no success
-    queries: Count  # forward passes
+    """Samples that were attacked; 0: it did not run."""
+    broken: Count
+    """Samples that fell, by the file's own verdict."""
+    misses: Count
+    """Points that fool the search net only."""
+    invalid: Count = 0
+    """Points at which the file has no finite logits: no success."""
+    queries: Count
+    """Forward passes."""
 
 
 class Claim(Part):
     """One machine-checkable statement about one file.
 
-    For robust accuracy, ``curve`` is the security curve over eps (from 0 to a huge one, the claim's own among them),
-    ``attacks`` has a row for each attack of the suite, in order, ``distances`` the smallest perturbation found for each
-    of the first samples that are right, in the threat's norm (None: none was found), and ``complete`` is false when a
-    time budget ended the attacks early, or attacks that need gradients found none.
+    The curve of a robust accuracy goes from eps 0 to a huge one, the claim's own among them.
     """
 
     YOUNGER = frozenset({"health", "attacks", "distances", "complete"})
 
     id: str
+    """``metric@artifact``."""
     artifact: Role
-    sha256: str  # of that file
+    """Role of the file that it speaks of."""
+    sha256: str
+    """Digest of that file."""
     kind: Literal["accuracy", "empirical-upper-bound", "certified-lower-bound", "certified-probabilistic"]
+    """Measured; at most this (attack); at least this (proof); at least this, likely (smoothing)."""
     metric: Literal["clean_accuracy", "robust_accuracy", "certified_accuracy", "smoothed_certified_accuracy"]
+    """What is counted."""
     correct: int = pydantic.Field(ge=0)
+    """Samples for which it holds."""
     n: int = pydantic.Field(ge=1)
+    """Samples that were looked at, the first ones of the test split."""
     value: float
+    """``correct`` over ``n``."""
     interval: Interval
+    """Of ``value``, over the draw of the samples."""
     threat: Threat | None = None
-    method: str = ""  # suite or bound, in words
+    """Under which it holds; none for clean accuracy."""
+    method: str = ""
+    """Runtime, suite or bound."""
     settings: dict[str, Any] = {}
-    sound_for: str = ""  # what exactly the number holds for
+    """Seeds, budgets and counts of the method."""
+    sound_for: str = ""
+    """What exactly the number holds for."""
     curve: list[Point] = []
-    health: Health | None = None  # None: not examined
+    """The same at other eps or radii."""
+    health: Health | None = None
+    """Checks of the attack itself; absent: not examined."""
     attacks: list[AttackRow] = []
+    """A row for each attack of the suite, in order."""
     distances: list[Distance | None] = []
+    """Smallest perturbations found for the first samples that are right, in [0,1] pixels; null: none was found."""
     complete: bool = True
+    """False: the attacks ended early, or those that need gradients found none."""
 
     @property
     def reliable(self) -> bool:
@@ -190,85 +240,130 @@ class Claim(Part):
 
 
 class Layer(Part):
+    """The weights of a conv or linear layer."""
+
     name: str
+    """Name of the tensor."""
     shape: list[int]
+    """Its shape."""
     nonzero: int
+    """Weights that are not zero."""
     sparsity: float
+    """Share of zeros."""
 
 
 class Sparsity(Part):
+    """Counted in the file, not taken from a mask."""
+
     definition: str = "zeros / weights of conv and linear layers; biases and norms excluded"
+    """What is counted."""
     target: float | None = None
-    budget: int | None = None  # weights that may stay
-    kept: int  # non-zero weights counted in the file
+    """What was asked for."""
+    budget: int | None = None
+    """Weights that may stay."""
+    kept: int
+    """Weights that are not zero."""
     total: int
-    dense_total: int | None = None  # weights before physical shrinking; None: nothing was shrunk
-    overall: float  # of dense_total, where there is one
+    """Weights in the file."""
+    dense_total: int | None = None
+    """Weights before channels were removed; absent: none were."""
+    overall: float
+    """Share of zeros, of ``dense_total`` where there is one."""
     measured_on: Role
-    float_nonzero: int  # the same count in model.onnx
-    int8_zeros_equal_float_zeros: bool | None = None  # weight by weight, not only in number
+    """Role of the file."""
+    float_nonzero: int
+    """The count of ``kept`` in model.onnx."""
+    int8_zeros_equal_float_zeros: bool | None = None
+    """Whether both files have the same zeros, weight by weight."""
     by_layer: list[Layer]
+    """In the order of the network."""
 
 
 class Integers(Part):
-    """What the integers of the int8 file guarantee, whatever the image.
-
-    ``largest``: layer name -> the largest of (2^b - 1) sum |w| + |bias| over its filters, with 255 in 8 bits.
-    ``exact``: all are below 2^24, so float32 computes every sum exactly, in any order. ``saturating_pairs``:
-    neighbouring weights whose products x86 CPUs without VNNI may add up beyond 16 bits.
-    """
+    """What the integers of the int8 file guarantee, whatever the image."""
 
     bits: int
+    """Of weights and activations."""
     largest: dict[str, Count]
+    """By layer, the largest of (2^b - 1) sum abs(w) + abs(bias) over its filters, with 255 in 8 bits."""
     exact: bool
+    """All of these are below 2^24: float32 computes every sum exactly, in any order."""
     saturating_pairs: Count
+    """Neighbouring weights whose products x86 CPUs without VNNI may add up beyond 16 bits."""
 
 
 class Bound(Part):
     """Bytes below which no coding of independent weights goes: of where they are, and of what they are."""
 
     mask: float
+    """For where they are."""
     values: float
+    """For what they are."""
 
 
 class Footprint(Part):
-    """What the main ONNX file's network takes; ``export.footprint.Footprint`` says what each number is."""
+    """What the main ONNX file's network takes, beside the dense one that it was made from."""
 
     kept: Count
+    """Weights that are not zero."""
     total: Count
+    """Weights."""
     side: dict[str, Count]
+    """Numbers beside the weights, by kind."""
     dense_weights: Count
+    """Weights of the dense network."""
     dense_parameters: Count
+    """All its parameters."""
     dense_bytes: Count
+    """The same in float32."""
     density: float
+    """``kept`` and ``side`` over ``dense_parameters``."""
     bound: Bound
+    """The least that these weights take."""
     sparse_macs: Count
+    """Multiply-accumulates for an image, without those by zero."""
     dense_macs: Count
+    """Multiply-accumulates of the dense network."""
     ratios: dict[str, float]
+    """By file, ``dense_bytes`` over its size."""
 
 
 class Latency(Part):
-    """Milliseconds a call on the machine of ``environment``; ``export.speed.Latency`` says what each number is."""
+    """Time of a call on the machine of ``environment``."""
 
     file: str
+    """Name of the file."""
     runtime: str
+    """What ran it."""
     batch: int
+    """Images a call."""
     threads: int
+    """Threads."""
     calls: int
+    """Calls that were timed."""
     p50: float
+    """Median, in ms."""
     p95: float
+    """95th percentile, in ms."""
     ratio: float | None = None
+    """Times as fast as ONNX Runtime on model.onnx."""
 
 
 class Fidelity(Part):
     """A file compared with what it was made from."""
 
     source: str
+    """What it was made from."""
     file: str
+    """Name of the file."""
     n: int
+    """Inputs that both were given."""
     top1_agreement: float
+    """Share of them with the same label."""
     max_abs_logit_diff: float
+    """Largest difference of a logit."""
     bit_equal: bool
+    """Whether all logits are the same bits."""
 
 
 class Energy(Part):
@@ -278,12 +373,18 @@ class Energy(Part):
     interrupted ones drew more.
     """
 
-    seconds: float = pydantic.Field(ge=0)  # that the counters were read over
-    gpus: Count = 0  # of all processes
+    seconds: float = pydantic.Field(ge=0)
+    """That the counters were read over."""
+    gpus: Count = 0
+    """GPUs of all processes."""
     gpu_joules: Joules = 0.0
-    cpus: Count = 0  # packages
+    """What they drew."""
+    cpus: Count = 0
+    """CPU packages."""
     cpu_joules: Joules = 0.0
+    """What they drew."""
     resumed: bool = False
+    """The stage was interrupted, so more was drawn."""
 
     @property
     def joules(self) -> float:
@@ -291,29 +392,51 @@ class Energy(Part):
 
 
 class LineageEntry(Part):
+    """A stage that the model went through."""
+
     stage: str
+    """Its kind: train, prune, finetune, ..."""
     config: dict[str, Any]
-    parent: str | None = None  # tensors digest of what went in
-    output: str  # tensors digest of what came out
+    """Its settings, resolved."""
+    parent: str | None = None
+    """Digest of the tensors that went in."""
+    output: str
+    """Digest of the tensors that came out."""
     seconds: float
+    """How long it took."""
     metrics: dict[str, Any] = {}
-    history: list[dict[str, float]] = []  # one table an epoch: loss, score, ...
-    energy: Energy | None = None  # None: no counter could be read
+    """What it counted, on the validation split."""
+    history: list[dict[str, float]] = []
+    """A table an epoch: loss, score, ..."""
+    energy: Energy | None = None
+    """What it drew; absent: no counter could be read."""
 
     YOUNGER = frozenset({"energy"})
 
 
 class DataUsed(Part):
+    """The data set, by digests of pixels and labels."""
+
     source: str
+    """As ``--data`` takes it."""
     split: Literal["test"] = "test"
-    limit: int | None = None  # samples of each split, at most; they are drawn from the source once and for all
+    """The split that claims are counted on."""
+    limit: int | None = None
+    """Samples of each split, at most; they are drawn from the source once and for all."""
     classes: list[str]
-    samples: int  # in the test split
-    sha256: str  # of the test split: pixels and labels
+    """Their names, in the order of the logits."""
+    samples: int
+    """In the test split."""
+    sha256: str
+    """Of the test split."""
     train_sha256: str
+    """Of the training split."""
     validation_sha256: str
+    """Of the validation split, held out of the training data."""
     validation_samples: int
+    """In the validation split."""
     selection: str = "checkpoints are selected on the validation split, never on the test split"
+    """How checkpoints were chosen."""
 
     YOUNGER = frozenset({"limit"})
 
@@ -326,58 +449,106 @@ class Evidence(Part):
     """
 
     samples: str = "evidence/samples.csv"
+    """File with a row a sample."""
     witnesses: str = "evidence/adversarial.safetensors"
+    """File with the witnesses."""
     witness_count: int
+    """How many there are."""
 
 
 class Rule(Part):
+    """A rule of the policy, and what came of it."""
+
     metric: str
+    """A metric of a claim, or sparsity, kept, bytes."""
     artifact: str
+    """Role of the file."""
     op: str
+    """``>=`` or ``<=``."""
     threshold: float
+    """What is compared with."""
     bound: Literal["lower", "point"]
+    """Whether the 95 % bound on the strict side is judged, or the value."""
     observed: float | None = None
+    """What was judged; absent: the report does not claim it."""
     passed: bool
+    """The outcome."""
     message: str
+    """Why."""
     allow_unreliable: bool = False
+    """Numbers of weak attacks, or of attacks cut short, count as well."""
 
     YOUNGER = frozenset({"allow_unreliable"})
 
 
 class Gate(Part):
+    """The report held against a policy."""
+
     policy_sha256: str
+    """Digest of the policy's canonical JSON."""
     result: Literal["passed", "failed"]
+    """Passed when all rules are."""
     rules: list[Rule]
+    """In the order of the policy."""
 
 
 class Report(Part):
+    """The whole document."""
+
     schema_: Literal["rprune.report/1"] = pydantic.Field(default="rprune.report/1", alias="schema")
-    id: str = ""  # sha256 of the canonical JSON without this field
+    """Another one is refused."""
+    id: str = ""
+    """sha256 of the canonical JSON of all else."""
     created: str
+    """Time of the export, UTC."""
     name: str
-    smoke: bool = False  # made to see whether the chain works: the numbers mean nothing, and no gate accepts them
+    """Of the run or model."""
+    smoke: bool = False
+    """Made to see whether the chain works: the numbers mean nothing, and no gate accepts them."""
     tool: dict[str, str]
+    """Name, version and digest of the source of what made it."""
     subjects: list[Subject]
-    model: dict[str, Any]  # architecture, labels, counts
+    """Every file of the bundle."""
+    model: dict[str, Any]
+    """Architecture, input, labels, number of parameters, digest of the tensors."""
     data: DataUsed
+    """What it was trained and judged on."""
     threat: Threat
-    recipe: dict[str, Any]  # resolved
+    """The threat that the run was for."""
+    recipe: dict[str, Any]
+    """What was asked for, resolved."""
     recipe_sha256: str
+    """Digest of its canonical JSON."""
     policy_sha256: str | None = None
+    """The policy, fixed before the first stage."""
     lineage: list[LineageEntry]
+    """Every stage, in order; each one's parent is the output of the one before."""
     sparsity: Sparsity
+    """Zeros, by layer."""
     integers: Integers | None = None
+    """Of the int8 file."""
     footprint: Footprint | None = None
-    size: dict[str, int]  # bytes of each form
+    """Sizes and multiply-accumulates against the dense network's."""
+    size: dict[str, int]
+    """Bytes by file, and of the dense float32 weights."""
     speed: list[Latency] = []
+    """Measured where it was asked for."""
     fidelity: list[Fidelity]
+    """Each file against its source."""
     claims: list[Claim]
+    """What is said of accuracy and robustness."""
     evidence: Evidence
+    """Where the witnesses lie."""
     gate: Gate | None = None
+    """Absent: the report was not held against a policy."""
     environment: dict[str, Any]
-    warnings: list[str] = []  # what is wrong with this model, against limitations, which hold for every one
+    """Python, packages, operating system, CPU and device."""
+    warnings: list[str] = []
+    """What is wrong with this model, against limitations, which hold for every one."""
     limitations: list[str]
+    """What the numbers do not say."""
     assurance: Literal["self_attested"] = "self_attested"
+    """Whose word it is: the maker's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -387,6 +558,13 @@ class Report(Part):
 
     def computed_id(self) -> str:
         return digest_of(self.to_json() | {"id": ""})
+
+    def intact(self) -> bool:
+        """Whether the id is that of the content."""
+        try:
+            return self.id == self.computed_id()
+        except ValueError:  # what no canonical JSON holds: NaN, half a character
+            return False
 
     def sealed(self) -> Report:
         """The report with its own digest filled in."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 
-from rprune.reports.schema import Claim, LineageEntry, Threat
+from rprune.data.sources import TORCHVISION
+from rprune.reports.schema import Claim, LineageEntry, Report, Rule, Threat
 
 METRICS = {
     "clean_accuracy": "Clean",
@@ -16,6 +18,16 @@ METRICS = {
     "smoothed_certified_accuracy": "Smoothed",
 }
 FORMS = {"onnx": "float ONNX", "onnx-int8": "int8 ONNX", "c": "C"}
+KINDS = {
+    "accuracy": "measured",
+    "empirical-upper-bound": "upper bound (attack)",
+    "certified-lower-bound": "lower bound (proof)",
+    "certified-probabilistic": "lower bound (likely)",
+}
+BOUNDS = {
+    "accuracy": "", "empirical-upper-bound": "at most", "certified-lower-bound": "at least",
+    "certified-probabilistic": "likely at least",
+}  # fmt: skip
 NORMS = {"linf": "L∞", "l2": "L2"}
 WHAT = dict.fromkeys(("method", "objective", "suite", "file", "methods"), "{}") | {
     "sparsity": "sparsity {}", "macs": "{} of the MACs", "bits": "{} bits",
@@ -70,6 +82,64 @@ def length(distance: float, threat: Threat) -> str:
 def in_steps(threat: Threat) -> bool:
     """eps was written in steps of 8-bit pixels."""
     return threat.eps.replace(" ", "").endswith("/255")
+
+
+def main_role(report: Report) -> str:
+    """The file that the report is about first of all."""
+    return "onnx-int8" if report.subject("onnx-int8") else "onnx"
+
+
+def verdict(report: Report) -> tuple[str, str]:
+    """(``passed``, ``failed`` or ``none``, the sentence for it)."""
+    if report.gate is None:
+        return "none", "No gate: this report was not held against a policy"
+    count, missed = len(report.gate.rules), sum(not rule.passed for rule in report.gate.rules)
+    if report.gate.result == "passed":
+        return "passed", f"Gate passed: {'the only rule is' if count == 1 else f'all {count} rules are'} met"
+    return "failed", f"Gate failed: {missed} of {count} rules {'is' if missed == 1 else 'are'} not met"
+
+
+def sides(rule: Rule) -> tuple[str, str]:
+    """Observed value and threshold of a rule, in the unit of the metric."""
+    shares: dict[str, Callable[[float], str]] = dict.fromkeys(METRICS, percent)
+    write = {**shares, "sparsity": lambda value: percent(value, 2), "bytes": size}.get(rule.metric, number)
+    return "not claimed" if rule.observed is None else write(rule.observed), write(rule.threshold)
+
+
+def file_of(claim: Claim, report: Report) -> str:
+    """The name of the file that a claim speaks of."""
+    found = report.subject(claim.artifact)
+    return found.name if found is not None and found.sha256 == claim.sha256 else claim.artifact
+
+
+def data_name(report: Report) -> str:
+    """The data set without the folders of whoever made the report: ``cifar10``, ``imagefolder:flowers``."""
+    kind, _, place = report.data.source.partition(":")
+    place = place.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return kind if kind in TORCHVISION or not place else f"{kind}:{place}"
+
+
+def architecture(report: Report) -> str | None:
+    """Its name; of a network whose channels were removed, that of the network which it was."""
+    said, recipe = report.model.get("architecture"), report.recipe.get("model")
+    name = said.get("name") if isinstance(said, dict) else None
+    before = recipe.get("arch") if isinstance(recipe, dict) else None
+    if name == "flat" and isinstance(before, str):
+        return f"{before}, channels removed"
+    return name if isinstance(name, str) else None
+
+
+def image(report: Report) -> str | None:
+    """What the model takes, as far as the report says it."""
+    said = report.model.get("input")
+    if not isinstance(said, dict) or not isinstance(shape := said.get("shape"), list):
+        return None
+    parts = [f"image of {'×'.join(map(str, shape))} (channels, height, width)"]
+    if isinstance(bounds := said.get("range"), list) and len(bounds) == 2:
+        parts.append(f"pixels in [{bounds[0]}, {bounds[1]}]")
+    if said.get("normalisation") == "in-graph":
+        parts.append("normalised in the graph")
+    return ", ".join(parts)
 
 
 def doubts(claim: Claim) -> list[str]:

@@ -33,6 +33,8 @@ ESCAPE = "\x1b["
         (("prune", "--help"), "--sparsity"),
         (("gate", "out", "--min", "sparsity=0.5"), "GATE PASSED"),
         (("report", "out"), "clean accuracy"),
+        (("report", "out", "--markdown", "doc/r.md", "--card", "doc/README.md", "--bom", "doc/bom.cdx.json",
+          "--intoto", "doc/model.intoto.jsonl", "--robustbench", "doc/rb.json", "--force"), "doc/bom.cdx.json"),
         (("inspect", "model.pt"), "cnn-small"),
         (("inspect", "out/model.int8.onnx"), "opset"),
         (("inspect", "out/model.safetensors"), "features.0.weight"),
@@ -40,7 +42,7 @@ ESCAPE = "\x1b["
         (("list", "data"), "digits"),
         (("list", "architectures"), "cnn-small"),
     ],
-)
+)  # fmt: skip
 def test_torch_is_not_imported(python, chain, arguments, wanted):
     said = python("-c", WITHOUT_TORCH, *arguments, cwd=chain.folder)
     assert said.code == 0, said.err

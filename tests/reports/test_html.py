@@ -4,6 +4,8 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +44,7 @@ class Outline(HTMLParser):
         self.ids: list[str] = []
         self.targets: list[str] = []
         self.addresses: list[str] = []
+        self.attributes: set[str] = set()
         self.text = ""
         self.feed(page)
         self.close()
@@ -55,6 +58,7 @@ class Outline(HTMLParser):
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         for name, value in attrs:
+            self.attributes.add(name)
             if name == "id":
                 self.ids.append(value or "")
             if name in ("href", "src", "xlink:href", "action", "srcset"):
@@ -91,6 +95,34 @@ def test_page_needs_nothing_from_outside(page: str) -> None:
     assert not outline.tags & {"script", "link", "iframe", "object", "metadata"}
     assert "@import" not in page
     assert len(page.encode()) < 400_000
+
+
+def test_page_forbids_itself_to_load_anything(page: str) -> None:
+    head = page.partition("<style>")[0]
+    [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', head)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    assert set(rules) == {"default-src", "img-src", "style-src", "base-uri", "form-action"}
+
+
+def test_every_string_of_the_report_is_escaped(load_helper: Callable[[str], ModuleType]) -> None:
+    hostile = load_helper("reports/hostile.py")
+    report = hostile.hostile(sample.sample_report("failed"))
+    images = [replace(image, label=hostile.EVIL, attack=hostile.EVIL) for image in sample.sample_images(2)]
+    outline = Outline(render_html(report, images))
+    assert not outline.tags & {"script", "link", "iframe", "object", "metadata", "a", "form", "base"}
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in outline.addresses)
+    assert not [name for name in outline.attributes if name.startswith("on")]
+    assert outline.text.count(hostile.EVIL) > 50
+
+
+def test_outcome_of_a_stage_names_what_was_counted() -> None:
+    entry = sample.sample_report().lineage[1]
+    counts = {"macs": {"dense": 50, "sparse": 5}, "validation": {"score": 0.4, "validation_accuracy": 0.5}}
+    report = sample.sample_report(lineage=[entry.model_copy(update={"metrics": counts})], **SHORT)
+    text = " ".join(Outline(render_html(report)).text.split())
+    assert "macs dense 50; macs sparse 5; validation accuracy 50.0\u00a0%" in text.replace("50.0 %", "50.0\u00a0%")
 
 
 def test_ids_are_unique_and_every_reference_has_a_target(page: str) -> None:
