@@ -89,7 +89,8 @@ def opening(report: Report) -> str:
     wrong += [f"Warning: {line}" for line in report.warnings]
     tool = f"{report.tool.get('name', '')} {report.tool.get('version', '')}"
     made = f"Report {report.id}, made {report.created} by {tool}; {threat(report.threat)} in {report.threat.space}; "
-    return joined(f"**{SMOKE}.**" if report.smoke else "", f"**{verdict(report)[1]}.**", bullets(wrong), escape(f"{made}self-attested."))
+    smoke = f"**{SMOKE}.**" if report.smoke else ""
+    return joined(smoke, f"**{verdict(report)[1]}.**", bullets(wrong), escape(f"{made}self-attested."))
 
 
 def claims(report: Report) -> str:

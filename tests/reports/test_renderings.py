@@ -26,6 +26,13 @@ def test_every_rendering_marks_weak_and_unfinished_attacks(sample, name):
     assert "INCOMPLETE" not in sound
 
 
+@pytest.mark.parametrize("name", [name for name in RENDERINGS if name != "intoto"])
+def test_a_smoke_run_says_so(sample, name):
+    """An attestation holds the whole report, and the verdict of a gate that no smoke run passes."""
+    assert "smoke" in rendered(sample(None, smoke=True), name).lower()
+    assert "smoke" not in rendered(sample(None), name).lower()
+
+
 @pytest.mark.parametrize("name", RENDERINGS)
 def test_report_without_options_is_rendered(sample, name):
     bare = {
