@@ -40,6 +40,7 @@ check: $(VENV)/.dev  ## lint, types, floors, docs
 
 docs: $(VENV)/.dev  ## write the generated documentation
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m pytest -q tests/cli/test_bad_input.py -k page_of_errors --update-docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

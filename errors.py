@@ -64,4 +64,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str], error: type[RpruneE
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return error(f"unknown {kind} '{name}'", f"{hint}known: {', '.join(names)}" if names else "there is none to name")
+    return error(f"unknown {kind} '{name}'", f"{hint}known: {', '.join(names)}" if names else "none is known")

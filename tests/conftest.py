@@ -33,6 +33,7 @@ def pytest_addoption(parser):
         metavar="FILE.py:CLASS",
         help="run the contract suite of pruning methods on this one alone; repeatable",
     )
+    parser.addoption("--update-docs", action="store_true", help="write docs/errors.md from what the commands say")
 
 
 def pytest_generate_tests(metafunc):
