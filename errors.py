@@ -52,7 +52,7 @@ EXIT_CODES = {
     1: "valid negative result: gate failed, or verify found a false claim",
     2: "usage or recipe error, nothing was run",
     3: "input cannot be used: model or data unreadable, unsafe pickle refused, unsupported layer",
-    4: "work failed: diverged, out of memory, target not reached, export disagrees with its source",
+    4: "work failed: diverged, out of memory, disk full, target not reached, export disagrees with its source",
     5: "integrity: hash mismatch",
     70: "internal error (a bug)",
     130: "interrupted, resumable",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rprune.errors import InputError, UsageError
+from rprune.errors import InputError, RpruneError, UsageError, WorkError
 
 KEY_FILE = "key.json"
+LOCK = ".lock"  # in a folder that one process at a time works in (rprune.locks)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def canonical_json(value: Any) -> str:
@@ -40,19 +43,51 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it, synced to disk, when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path beside ``path`` that replaces it, synced to disk, when the block ends without an error.
+
+    It is always the same one, so that what a killed process left of it is overwritten by the next. Raises
+    :func:`unwritable`'s errors.
+    """
+    temporary = path.with_name(temporary_name(path.name))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except Exception as error:
+        reason = _system_error(error)
+        if reason is None:
+            raise
+        raise unwritable(path, reason) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called until it is whole."""
+    return f".{name}.tmp"
+
+
+def unwritable(path: Path, error: OSError) -> RpruneError:
+    """What to tell of a place that cannot be written: a mistake of the user's, or a disk that is full or fails."""
+    message = f"cannot write {path}: {error.strerror or error}"
+    if error.errno in REFUSED:
+        return UsageError(message, "name a place that you may write with -o")
+    return WorkError(message, "what was written before is whole; free some space, and the same command continues")
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system said behind an error of a library that writes files: torch wraps it, safetensors quotes it."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if quoted := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,16 +122,14 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 
 
 def check_ours(path: Path) -> None:
-    """Raises UsageError when ``path`` is a folder that rprune did not write: it would be deleted later."""
-    if path.is_dir() and not any((path / name).is_file() for name in (KEY_FILE, "stage.json", "report.json")):
+    """Raises UsageError when ``path`` is a folder that rprune did not write: it would be deleted later.
+
+    One that a killed process had just begun holds nothing that could be lost.
+    """
+    ours, begun = {KEY_FILE, "stage.json", "report.json"}, {LOCK, temporary_name(KEY_FILE)}
+    there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if not there & ours and there - begun:
         raise UsageError(f"{path} is a folder that rprune did not write", "choose another -o; nothing was deleted")
-
-
-def remove_result(path: Path) -> None:
-    """Delete a folder that rprune wrote; a file is left to be replaced. Raises UsageError for any other folder."""
-    check_ours(path)
-    if path.is_dir():
-        shutil.rmtree(path)
 
 
 def partial_of(path: Path) -> Path:
@@ -113,6 +146,15 @@ def partial_folder(path: Path, key: str, resume: bool = True) -> Path:
     return partial
 
 
+def sync_folder(folder: Path) -> None:
+    """What was renamed in it stays so when the machine stops."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def stored_key(folder: Path) -> str | None:
     """The key that a folder's content was made for, if it says."""
     try:
@@ -120,9 +162,3 @@ def stored_key(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return key if isinstance(key, str) else None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -32,11 +34,16 @@ from rprune.cli.run import run
 from rprune.cli.schema import schema
 from rprune.cli.shrink import shrink
 from rprune.cli.sign import sign
+from rprune.cli.signals import ended_gently
 from rprune.cli.train import train
 from rprune.cli.unpack import unpack
 from rprune.cli.verify import verify
-from rprune.errors import EXIT_CODES, Interrupted, RpruneError
+from rprune.errors import EXIT_CODES, Interrupted, RpruneError, WorkError
+from rprune.files import unwritable
 from rprune.reports.energy import intensity
+
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate", "bad_alloc")
+MEMORY_HINT = "use a smaller --batch-size, or --set accumulate=4 for batches in four parts; what is finished is kept"
 
 app = typer.Typer(
     name="rprune",
@@ -97,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command and exits with a documented code."""
     try:
         intensity()  # a misspelt one is found before hours are spent
-        with joined():
+        with ended_gently(), joined():
             app(None if arguments is None else list(arguments))
     except RpruneError as error:
         print_error(error)
@@ -111,8 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(3)
     except Exception as error:
         if _out_of_memory(error):
-            print_error(RpruneError("out of memory", "use a smaller --batch-size"))
-            sys.exit(4)
+            print_error(WorkError("out of memory", MEMORY_HINT))
+            sys.exit(WorkError.exit_code)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            told = unwritable(Path(error.filename or "a file"), error)
+            print_error(told)
+            sys.exit(told.exit_code)
         _internal(error)
 
 
@@ -125,4 +136,7 @@ def _internal(error: Exception) -> NoReturn:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Of Python, NumPy, torch on a GPU; torch on a CPU and ONNX Runtime have no class of their own for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

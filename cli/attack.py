@@ -60,7 +60,7 @@ def attack(
     """Robust accuracy under the strongest attacks, of a model file or of the very ONNX file that ships."""
     if launched(gpus, device):
         return
-    from rprune.pipeline.attack_file import Plan, attack_file, check_plan, prepare_folder
+    from rprune.pipeline.attack_file import Plan, attack_file, check_plan, folder_for
     from rprune.pipeline.shipped import open_target
 
     plan = Plan(
@@ -76,10 +76,10 @@ def attack(
         name = plan.suite_for(opened)
         check_plan(plan, opened)
         output = output or _beside(model, name)
-        prepare_folder(output, force)
-        if opened.note and not quiet:
-            note(opened.note)
-        result = attack_file(opened, plan, output)
+        with folder_for(output, force):
+            if opened.note and not quiet:
+                note(opened.note)
+            result = attack_file(opened, plan, output)
     if as_json:
         print_json(result.to_json())
     else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,8 @@ def certify(
         return
     from rprune.errors import UsageError
     from rprune.evaluation.certificates import SmoothedSet
-    from rprune.files import refuse_overwrite, write_json
+    from rprune.files import partial_of, refuse_overwrite, write_json
+    from rprune.locks import working_on
     from rprune.pipeline.certificate import sealed
     from rprune.pipeline.certifying import CLAIMS, threat_of
     from rprune.pipeline.certifying import certify as run_certify
@@ -120,9 +122,9 @@ def certify(
     stage = validated(CertifyStage, o.with_settings(table, settings), "options")
     output = output or certificates_beside(model, o.shard(shard))
     part = Part(o.shard(shard), output.with_name(f"{output.name}.verdicts.jsonl"), resume, tuple(merge or ()))
-    with ProgressLines(quiet or as_json) as reporter:
+    refuse_overwrite(output, force)
+    with ProgressLines(quiet or as_json) as reporter, working_on(output, world().first):
         request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
-        refuse_overwrite(output, force)
         if shipped:
             opened = open_target(model, request, reporter)
             found = certify_file(opened, stage, part)
@@ -131,12 +133,15 @@ def certify(
             written = 0
             found = run_certify(bench, source, stage, part)
             if vnnlib is not None and world().first:
-                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, vnnlib)
-    if not world().first:
-        return
-    found = sealed(found, model)
-    write_json(output, found)
-    part.done()
+                beside = partial_of(vnnlib)
+                shutil.rmtree(beside, ignore_errors=True)
+                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, beside)
+                beside.replace(vnnlib)
+        if not world().first:
+            return
+        found = sealed(found, model)
+        write_json(output, found)
+        part.done()
     if as_json:
         print_json(found)
         return

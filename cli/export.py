@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -42,14 +41,12 @@ def export(
     if launched(gpus, device):
         return
     from rprune.export.c.engine import stated
-    from rprune.files import partial_of, refuse_overwrite, remove_result
+    from rprune.files import refuse_overwrite
     from rprune.pipeline.bundle import Source
-    from rprune.pipeline.bundle import export as run_export
     from rprune.pipeline.recipe import ExportStage, validated
-    from rprune.pipeline.single import Request, certificates_beside, open_model, read_certificates
+    from rprune.pipeline.single import Request, certificates_beside, open_model, read_certificates, run_export
     from rprune.reports.gate import read_policy
     from rprune.reports.text import size
-    from rprune.training.world import world
 
     chosen = None if formats is None else [name.strip() for name in formats.split(",")]
     table = o.given(formats=chosen, compact=compact, bench=bench, suite=suite, limit=limit, health=health)
@@ -63,16 +60,8 @@ def export(
         beside = certificates_beside(model)
         place = certificates or (beside if beside.exists() else None)
         proofs = None if place is None else read_certificates(place, artifact, opened)
-        partial = partial_of(output)
-        here = world()
-        if here.first:
-            shutil.rmtree(partial, ignore_errors=True)
         recipe = {"command": "export", "model": model.name, "stage": stage.model_dump(mode="json"), "seed": seed}
-        report = run_export(opened, artifact, stage, partial, Source(model.stem, recipe, bar), proofs)
-        if here.first:
-            remove_result(output)
-            partial.replace(output)
-        here.wait()
+        report = run_export(opened, artifact, stage, output, Source(model.stem, recipe, bar), proofs)
     if as_json:
         print_json(report.to_json())
         return

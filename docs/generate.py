@@ -141,7 +141,8 @@ def main() -> None:
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "methods.md": methods(),
         ROOT / "docs" / "report.md": report_fields(),
-        **{ROOT / file: filled(file) for file in ("README.md", "docs/performance.md", "docs/scaling.md")},
+        **{ROOT / "docs" / f"{name}.md": filled(f"docs/{name}.md") for name in ("performance", "reliability", "scaling")},
+        ROOT / "README.md": filled("README.md"),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:

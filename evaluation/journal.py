@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from rprune.errors import InputError, UsageError
-from rprune.files import canonical_json, digest_of
+from rprune.files import canonical_json, digest_of, unwritable
 from rprune.training.world import world
 
 Kind = TypeVar("Kind", bound="Journal")
@@ -132,10 +132,13 @@ class Journal(ABC):
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = [{"format": self.FORMAT, "key": None if self.key is None else dict(self.key)}, line]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(canonical_json(each) + "\n" for each in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(canonical_json(each) + "\n" for each in lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def _need_key(self, path: Path, theirs: Mapping[str, Any]) -> None:
         if self.key is not None and digest_of(dict(theirs)) != digest_of(dict(self.key)):

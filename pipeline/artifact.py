@@ -28,6 +28,7 @@ from rprune.pipeline.intake import STATE_KEYS, classify, explain
 from rprune.registry import first_problem
 from rprune.reports.schema import LineageEntry
 from rprune.threat import ThreatModel
+from rprune.training.state import save_state
 
 FORMAT = "rprune.artifact/1"
 MASK, INTEGER = "rprune.mask/", "rprune.quantization/"  # prefixes inside a single file
@@ -143,8 +144,7 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
             "masks": artifact.masks,
             "quantization": artifact.quantization,
         }
-        with atomic(path) as temporary:
-            torch.save(content, temporary)
+        save_state(path, content)
     elif path.suffix == ".safetensors":
         tensors = dict(artifact.state)
         tensors |= {MASK + name: mask for name, mask in artifact.masks.items()}
@@ -216,6 +216,8 @@ def load_any(path: Path, trusted: str | None = None) -> Artifact | dict[str, Ten
 def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
     """The state_dict inside a foreign checkpoint, without wrapper prefixes. Raises InputError if there is none."""
     if isinstance(content, dict):
+        if isinstance(content.get("now"), dict):  # the state of an unfinished stage of ours
+            content = content["now"]
         for key in STATE_KEYS:
             if isinstance(content.get(key), dict):
                 content = content[key]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.ledger import Ledger
 from rprune.evaluation.robustness import chosen, planned
-from rprune.files import KEY_FILE, check_ours, digest_of, remove_result, write_json, write_text
+from rprune.files import KEY_FILE, LOCK, check_ours, digest_of, write_json, write_text
+from rprune.locks import working_in
 from rprune.pipeline.attack import Assessment, assess, ledger_key, write_evidence
 from rprune.pipeline.claims import empirical_claims
 from rprune.pipeline.environment import environment, source_digest
@@ -102,17 +105,26 @@ def check_plan(plan: Plan, opened: Opened) -> None:
             raise InputError(f"{other} is not there", "name the folder of another part of this attack")
 
 
-def prepare_folder(out: Path, force: bool) -> None:
-    """The folder of an attack; an earlier one in it is continued. Raises UsageError when it is not rprune's."""
+@contextmanager
+def folder_for(out: Path, force: bool) -> Iterator[None]:
+    """The folder of an attack, held while the block works in it; an earlier attack in it is continued.
+
+    Raises UsageError when it is not rprune's, cannot be written, or another process is at work in it.
+    """
     if not world().first:
+        yield
         return
     check_ours(out)
     if out.is_file():
         raise UsageError(f"{out} is a file", "choose another -o: it becomes a folder")
-    if force:
-        remove_result(out)
-    if not out.exists():
+    with working_in(out):
         write_json(out / KEY_FILE, {"key": "attack"})
+        for path in out.iterdir() if force else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (KEY_FILE, LOCK):
+                path.unlink()
+        yield
 
 
 def attack_file(opened: Opened, plan: Plan, out: Path) -> Result:

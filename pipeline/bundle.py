@@ -35,6 +35,7 @@ from rprune.pipeline.certifying import Certificates
 from rprune.pipeline.claims import certified_claims, empirical_claims, proved_samples
 from rprune.pipeline.energy import Meter
 from rprune.pipeline.environment import environment, source_digest
+from rprune.pipeline.finish import LEDGER
 from rprune.pipeline.forms import FILES, Deployed, write_models
 from rprune.pipeline.recipe import ExportStage
 from rprune.pipeline.stages import compacted
@@ -63,7 +64,6 @@ from rprune.reports.schema import (
 )
 from rprune.training.world import world
 
-LEDGER = ".ledger.jsonl"
 FORMS = [name for name, role in FILES.items() if role not in ("masks", "c-header")]  # of the whole network
 EVIDENCE: dict[str, Role] = dict.fromkeys(("evidence/samples.csv", "evidence/adversarial.safetensors"), "evidence")
 CONSTANT = (
@@ -98,7 +98,7 @@ def export(
     source: Source,
     certificates: Certificates | None = None,
 ) -> Report:
-    """Write the bundle into the empty folder ``out`` and return its sealed report.
+    """Write the bundle into the folder ``out``, empty or left by the same call, and return its sealed report.
 
     Several processes (:func:`world`) attack together; the first one does the rest.
 
@@ -270,7 +270,7 @@ def _attack(
     role: str,
     proved: Tensor | None,
 ) -> Assessment:
-    """The suite on one file. Its ledger lies beside the file until the end, so that an interrupted export continues."""
+    """The suite on one file. Its ledger lies beside the file until the export is whole, so that it continues."""
     if target.parents:
         attacks = with_transfer(attacks)
     # the search runs where the data lies; the 8-bit simulation is exact on the CPU alone
@@ -280,14 +280,11 @@ def _attack(
         file_digest(path), test.digest, bench.threat, attacks, bench.seed, device.type, certified=proved is not None
     )
     ledger = Ledger.open(path.with_suffix(LEDGER), key)
-    found = assess(
+    return assess(
         target, loader(test, device), bench.threat, attacks, seed=bench.seed, limit=stage.limit, ledger=ledger,
         certified=proved, health=stage.health,
         on_progress=lambda name, *counts: bench.reporter.progress(f"{name} on {role}", *counts),
     )  # fmt: skip
-    if world().first:
-        path.with_suffix(LEDGER).unlink()
-    return found
 
 
 def _settings(bench: Bench, target: Target, found: Assessment, name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,11 +15,11 @@ from rprune.files import (
     digest_of,
     partial_folder,
     partial_of,
-    remove_result,
     stored_key,
     write_json,
     write_text,
 )
+from rprune.locks import working_in
 from rprune.pipeline.anytime import Anytime, fitted
 from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_folder
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
@@ -29,6 +28,7 @@ from rprune.pipeline.certificate import sealed
 from rprune.pipeline.certifying import Certificates, certify
 from rprune.pipeline.cost import Cost, cost
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
+from rprune.pipeline.finish import STATE, VERDICTS, publish, tidy
 from rprune.pipeline.profiling import Phase, profiled
 from rprune.pipeline.recipe import (
     CertifyStage,
@@ -39,12 +39,10 @@ from rprune.pipeline.recipe import (
 )
 from rprune.pipeline.stages import DENSE, adopt, check_stage, epochs_of, open_teacher, run_stage
 from rprune.pipeline.trial import trial
-from rprune.pipeline.verdicts import VERDICTS, Part
+from rprune.pipeline.verdicts import Part
 from rprune.reports.gate import Policy, read_policy
 from rprune.reports.schema import Report, read_report
 from rprune.training.world import world
-
-STATE = "resume.pt"
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,16 @@ class Runner:
         announce: Callable[[Outcome], None] = lambda outcome: None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> list[Outcome]:
-        """Run what is not done. Returns the outcome of every stage. ``tell``: of stages that a budget shortens."""
+        """Run what is not done. Returns the outcome of every stage. ``tell``: of stages that a budget shortens.
+
+        Raises UsageError where another process is at work in the folder, or it cannot be written.
+        """
         for number, stage in enumerate(self.recipe.stage, 1):
             check_ours(self._folder(number, stage))
+        with working_in(self.out, self.here.first):
+            return self._run(announce, tell)
+
+    def _run(self, announce: Callable[[Outcome], None], tell: Callable[[str], None]) -> list[Outcome]:
         if self.here.first:
             self._lock()
         outcomes: list[Outcome] = []
@@ -169,6 +174,8 @@ class Runner:
             reused = self.here.shared(stored_key(folder) == key)
             if not reused:
                 self._make(stage, folder, key, artifact, certificates)
+            elif self.here.first:
+                tidy(folder)
             if self.anytime is not None and not reused:
                 self.anytime.passed()
             outcome = self._read(stage, folder, reused)
@@ -243,10 +250,7 @@ class Runner:
         partial = partial_folder(folder, key) if self.here.first else partial_of(folder)
         self._work(stage, partial, artifact, certificates)
         if self.here.first:
-            (partial / STATE).unlink(missing_ok=True)
-            remove_result(folder)
-            partial.replace(folder)
-            _sync(folder.parent)
+            publish(partial, folder)
         self.here.wait()
 
     def _work(self, stage: Stage, partial: Path, artifact: Artifact | None, certificates: Certificates | None) -> None:
@@ -256,7 +260,6 @@ class Runner:
             found = certify(self.bench, artifact, stage, part)
             if self.here.first:
                 write_json(partial / "certificates.json", sealed(found, None))
-                part.done()
             return
         if isinstance(stage, ExportStage):
             assert artifact is not None
@@ -299,11 +302,3 @@ class Runner:
             if {key: old.get(key) for key in content} == content:
                 return
         write_json(path, content | {"locked_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")})
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

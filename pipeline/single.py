@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError, UsageError
-from rprune.files import digest_of, partial_folder, partial_of, read_json, refuse_overwrite, remove_result, seal_of
+from rprune.files import digest_of, partial_folder, partial_of, read_json, refuse_overwrite, seal_of
+from rprune.locks import working_on
 from rprune.models.registry import Architecture
-from rprune.pipeline.artifact import Artifact, load_any, save_artifact
+from rprune.pipeline.artifact import Artifact, load_any, save_artifact, save_folder
 from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
+from rprune.pipeline.bundle import Source, export
+from rprune.pipeline.certifying import Certificates
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
-from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, Section
+from rprune.pipeline.finish import STATE, give_way, publish
+from rprune.pipeline.recipe import DataSection, ExportStage, FinetuneStage, ModelSection, Section
 from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_stage
+from rprune.reports.schema import Report
 from rprune.threat import ThreatModel
 from rprune.training.world import world
 
@@ -123,7 +128,8 @@ def run_single(
 ) -> Artifact:
     """Run one prepared stage and write its artifact. Interrupted, the same call continues.
 
-    Of several processes (:func:`world`) all run the stage, and the first one writes.
+    Of several processes (:func:`world`) all run the stage, and the first one writes. Raises UsageError where another
+    command makes the same output, or it cannot be written.
     """
     here, teacher = world(), teacher_of(bench, stage, source)
     key = digest_of(
@@ -136,14 +142,51 @@ def run_single(
             "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), arch and arch.name])],
         }
     )
-    partial = partial_folder(output, key, resume) if here.first else partial_of(output)
-    made = run_stage(bench, stage, source, arch, partial / "resume.pt", teacher)
-    if here.first:
-        remove_result(output)
-        save_artifact(made, output)
-        shutil.rmtree(partial)
-    here.wait()
+    with working_on(output, here.first):
+        partial = partial_folder(output, key, resume) if here.first else partial_of(output)
+        made = run_stage(bench, stage, source, arch, partial / STATE, teacher)
+        if here.first and output.suffix:
+            give_way(output, partial)
+            save_artifact(made, output)
+            shutil.rmtree(partial)
+        elif here.first:
+            save_folder(made, partial)
+            publish(partial, output)
+        here.wait()
     return made
+
+
+def run_export(
+    bench: Bench,
+    artifact: Artifact,
+    stage: ExportStage,
+    output: Path,
+    source: Source,
+    certificates: Certificates | None,
+) -> Report:
+    """Export a model file into a folder. Interrupted, the same call continues.
+
+    Of several processes (:func:`world`) all attack, and the first one writes. Raises UsageError as :func:`run_single`.
+    """
+    check_stage(stage, bench, artifact.metadata.arch)
+    here = world()
+    key = digest_of(
+        {
+            "recipe": source.recipe,
+            "policy": None if source.policy is None else source.policy.sha256,
+            "source": artifact.identity,
+            "certificates": certificates,
+            "bench": [bench.record().model_dump(mode="json"), str(bench.threat), bench.seed, bench.device.type],
+            "code": [source_digest(), referenced_files(stage.model_dump(mode="json"))],
+        }
+    )
+    with working_on(output, here.first):
+        partial = partial_folder(output, key) if here.first else partial_of(output)
+        report = export(bench, artifact, stage, partial, source, certificates)
+        if here.first:
+            publish(partial, output)
+        here.wait()
+    return report
 
 
 def certificates_beside(model: Path, shard: tuple[int, int] = (0, 1)) -> Path:

@@ -17,7 +17,6 @@ from rprune.evaluation.robustness import chosen
 from rprune.files import read_json, seal_of
 
 SCHEMA = "rprune.certificate/1"
-VERDICTS = "verdicts.jsonl"
 LIMITS = ("limit", "smoothing_limit")  # of a stage; more samples change nothing in those that are done
 Section = Literal["bounds", "smoothing"]
 Row = dict[str, Any]

@@ -103,7 +103,8 @@ def fit(
     of each process's rows in a step, and their mean over processes after an epoch.
 
     Raises:
-        WorkError: the loss is not finite; another process has ended.
+        WorkError: the loss or a weight is not finite, and the state of the epoch before is kept; another process has
+            ended.
     """
     here = world()
     trained = list(pruner.parameters())
@@ -167,7 +168,9 @@ def fit(
             pruner.after_epoch(epoch)
             values = meter.values(here) | pruner.log()
             if not math.isfinite(values["loss"]):
-                raise WorkError(f"the loss is {values['loss']} in epoch {epoch + 1}", "lower the learning rate (lr)")
+                raise run.diverged(f"the loss is {values['loss']}")
+            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+                raise run.diverged("weights are not finite")
             with nullcontext() if average is None else average.applied():
                 if validate is not None:
                     values |= validate(model)
@@ -276,6 +279,16 @@ class _Run:
                 "history": [vars(entry) for entry in self.history],
             }
             save_state(self.file, state)
+
+    def diverged(self, what: str) -> WorkError:
+        """Nothing of this epoch was saved: what lies on disk is the last good one."""
+        message, hint = f"{what} in epoch {len(self.history) + 1}", "lower the learning rate (lr)"
+        if self.file is None or not self.history:
+            return WorkError(message, hint)
+        message += f"; epoch {len(self.history)} is kept in {self.file}"
+        if type(self.pruner) is Pruner:  # dense training: its weights are all that there is to go on from
+            hint += f", or go on from there: rprune finetune {self.file} --arch NAME --data SOURCE -o OUT"
+        return WorkError(message, hint)
 
     def restore_selected(self) -> FitResult:
         if self.best is None:

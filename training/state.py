@@ -12,8 +12,9 @@ from rprune.files import atomic
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
+    """Write tensors and plain values, whole or not at all. Raises as :func:`rprune.files.atomic`."""
+    with atomic(path) as temporary, temporary.open("wb") as file:  # torch's own does not say why it could not write
+        torch.save(state, file)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -336,6 +336,17 @@ def _raise(error: BaseException):
         (KeyboardInterrupt(), 130, "continues"),
         (MemoryError(), 4, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 4, "--batch-size"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            4,
+            "accumulate",
+        ),
+        (OSError(28, "No space left on device", "x"), 4, "cannot write x: No space left on device"),
+        (OSError(30, "Read-only file system", "x"), 2, "cannot write x: Read-only file system"),
+        (RuntimeError("shapes"), 70, "internal error"),
     ],
 )
 def test_failures_have_their_own_codes(call, tmp_path, monkeypatch, error, code, wanted):

@@ -53,7 +53,7 @@ def test_chain_writes_default_names(chain):
     assert {p.name for p in (chain / "out").rglob("*") if p.is_file()} == {
         "model.safetensors", "masks.safetensors", "model.onnx", "model.int8.onnx", "model.compact.onnx",
             "model.packed.safetensors", "samples.csv",
-        "adversarial.safetensors", "report.json", "report.html",
+        "adversarial.safetensors", "report.json", "report.html", "key.json",
     }  # fmt: skip
 
 

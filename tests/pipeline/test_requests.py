@@ -6,10 +6,11 @@ import pytest
 
 from rprune.cli.app import main
 from rprune.errors import InputError, UsageError
-from rprune.files import remove_result
+from rprune.files import partial_folder
 from rprune.pipeline.artifact import save_artifact
 from rprune.pipeline.bench import Silent, pick_device
 from rprune.pipeline.environment import named_code, referenced_files
+from rprune.pipeline.finish import publish
 from rprune.pipeline.single import Request, open_model
 from rprune.pipeline.stages import PruneStage, prune
 
@@ -48,14 +49,16 @@ def test_a_search_that_misses_its_target_says_so(bench, trained):
 
 
 def test_folders_of_others_are_never_deleted(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    mine, partial = tmp_path / "mine", partial_folder(tmp_path / "mine", "key")
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("x")
     with pytest.raises(UsageError, match="did not write"):
-        remove_result(tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").exists()
-    (tmp_path / "mine" / "report.json").write_text("{}")
-    remove_result(tmp_path / "mine")
-    assert not (tmp_path / "mine").exists()
+        publish(partial, mine)
+    assert (mine / "thesis.txt").exists()
+    (mine / "report.json").write_text("{}")
+    publish(partial, mine)
+    assert [path.name for path in mine.iterdir()] == ["key.json"]
+    assert not partial.exists()
 
 
 def test_export_with_force_spares_a_folder_of_others(model, tmp_path):

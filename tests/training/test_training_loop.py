@@ -12,6 +12,7 @@ from rprune.errors import InputError, UsageError, WorkError
 from rprune.objectives.base import Loss, Objective
 from rprune.objectives.benign import Benign
 from rprune.objectives.pgd_at import PGDAT
+from rprune.pipeline.artifact import plain_state
 from rprune.pruning.base import Pruner
 from rprune.threat import ThreatModel
 from rprune.training.loop import Settings, fit
@@ -93,7 +94,27 @@ def test_loss_that_is_not_finite(tiny, tmp_path, value):
         run(tiny, objective=Diverging(1 / 3, value), on_epoch=lambda log: epochs.append(log.epoch), state_file=file)
     assert "learning rate" in caught.value.hint
     assert epochs == [1]
-    assert len(load_state(file)["history"]) == 1
+    assert f"epoch 1 is kept in {file}" in caught.value.message
+    state = load_state(file)
+    assert len(state["history"]) == 1
+    kept = plain_state(state, file)  # what another command may start from
+    assert kept.keys() == tiny.net().state_dict().keys()
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+
+
+def test_weights_that_are_not_finite_behind_a_finite_loss(tiny, tmp_path, monkeypatch):
+    """The last step of an epoch spoils them: no loss of that epoch shows it."""
+    step, steps = torch.optim.SGD.step, []
+
+    def spoiling(self, *arguments):
+        steps.append(step(self, *arguments))
+        if len(steps) == 6:
+            self.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spoiling)
+    with pytest.raises(WorkError, match="weights are not finite in epoch 2; epoch 1 is kept"):
+        run(tiny, state_file=tmp_path / "state.pt")
+    assert len(load_state(tmp_path / "state.pt")["history"]) == 1
 
 
 def test_random_states_of_the_caller_are_untouched(tiny, tmp_path):
