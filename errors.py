@@ -49,7 +49,7 @@ class Interrupted(RpruneError):
 
 EXIT_CODES = {
     0: "done; gate passed; verified",
-    1: "valid negative result: gate failed, or verify found a false claim",
+    1: "valid negative result: gate failed, verify found a false claim, or compare a regression",
     2: "usage or recipe error, nothing was run",
     3: "input cannot be used: model or data unreadable, unsafe pickle refused, unsupported layer",
     4: "work failed: diverged, out of memory, disk full, target not reached, export disagrees with its source",

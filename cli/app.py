@@ -17,6 +17,7 @@ from rprune import __version__
 from rprune.cli.attack import attack
 from rprune.cli.bench import bench
 from rprune.cli.certify import certify
+from rprune.cli.compare import compare
 from rprune.cli.console import print_error, stdout
 from rprune.cli.doctor import doctor
 from rprune.cli.evaluate import evaluate
@@ -92,7 +93,7 @@ PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "certify": certify, "export": export, "unpack": unpack,
     },
     "Measure": {"evaluate": evaluate, "attack": attack, "bench": bench},
-    "Trust": {"verify": verify, "gate": gate, "report": report, "sign": sign},
+    "Trust": {"verify": verify, "gate": gate, "compare": compare, "report": report, "sign": sign},
     "Help": {"init": init, "inspect": inspect, "list": list_, "doctor": doctor, "schema": schema},
 }  # fmt: skip
 for _panel, _commands in PANELS.items():

@@ -322,13 +322,11 @@ def print_report(report: Report, where: str) -> None:
 
 
 def print_gate(gate: Gate) -> None:
+    from rprune.reports.gate_forms import verdict
+    from rprune.reports.text import judged
+
+    wide = max(28, *(len(judged(rule)) for rule in gate.rules))
     for rule in gate.rules:
         mark = Text("✓", "green") if rule.passed else Text("✗", "bold red")
-        stdout.print(Text.assemble(mark, f" {rule.metric:<28} {rule.message}  ({rule.artifact})"))
-    failed = sum(not rule.passed for rule in gate.rules)
-    words = (
-        ("GATE PASSED", "bold green")
-        if not failed
-        else (f"GATE FAILED  {failed} of {len(gate.rules)} rules", "bold red")
-    )
-    stdout.print(Text.assemble(words))
+        stdout.print(Text.assemble(mark, f" {judged(rule):<{wide}} {rule.message}  ({rule.artifact})"))
+    stdout.print(Text(verdict(gate), "bold green" if gate.result == "passed" else "bold red"))

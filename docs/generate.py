@@ -141,7 +141,10 @@ def main() -> None:
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "methods.md": methods(),
         ROOT / "docs" / "report.md": report_fields(),
-        **{ROOT / "docs" / f"{name}.md": filled(f"docs/{name}.md") for name in ("performance", "reliability", "scaling")},
+        **{
+            ROOT / "docs" / f"{name}.md": filled(f"docs/{name}.md")
+            for name in ("performance", "reliability", "scaling")
+        },
         ROOT / "README.md": filled("README.md"),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

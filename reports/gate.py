@@ -1,4 +1,6 @@
-"""Does a report clear the bar? From the report's counts alone, and from what its maker found of the attack's health."""
+"""Does a report clear the bar? From the report's counts alone, from what its maker found of the attack's health, and
+where a rule says so, from its samples beside those of a baseline.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +8,59 @@ import operator
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-from rprune.errors import UsageError, unknown_name
-from rprune.evaluation.statistics import clopper_pearson
+from rprune.errors import InputError, UsageError, unknown_name
 from rprune.files import digest_of
 from rprune.registry import first_problem, misspelt
-from rprune.reports.schema import Gate, Part, Report, Role, Rule
+from rprune.reports.metrics import CLAIMED, COUNTED, METRICS, Metric, observe
+from rprune.reports.pairs import RIGHT, Pairs
+from rprune.reports.schema import Baseline, Gate, PairedTest, Part, Report, Role, Rule
 from rprune.reports.text import SMOKE, doubts
+from rprune.threat import parse_fraction
 
-LEVEL = 0.95
-OPS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
-CLAIMED = ("clean_accuracy", "robust_accuracy", "certified_accuracy", "smoothed_certified_accuracy")
-MEASURED = ("sparsity", "kept", "bytes")
+Op = Literal[">=", "<=", "=="]
+Bound = Literal["lower", "point"]
+OPS: dict[str, Callable[[Any, Any], bool]] = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
+KEYS = "metric, artifact, op, value, bound, norm, eps, max_drop, allow_unreliable"
 NO_SMOKE = Rule(
     metric="smoke", artifact="report", op="<=", threshold=0, bound="point", observed=1, passed=False, message=SMOKE
 )
 
 
 class PolicyRule(Part):
-    """One line of a policy: the metric of a file must be at least, or at most, a value.
+    """One line of a policy: the metric of a file must be at least, at most, or exactly a value.
 
-    ``allow_unreliable``: also by an attack that failed a check of its health, or that was ended early.
+    ``bound``: shares are judged by that end of their 95 % interval which is worse for the rule, or by their ``point``
+    value. ``norm`` and ``eps``: under this threat, where a claim has a curve. ``max_drop`` instead of a value: the
+    metric may lie this much below a baseline's, as a share. ``allow_unreliable``: also by an attack that failed a check
+    of its health, or that was ended early; for a drop, also by other attacks than the baseline's.
     """
 
-    YOUNGER = frozenset({"allow_unreliable"})
+    YOUNGER = frozenset({"value", "norm", "eps", "max_drop", "allow_unreliable"})
 
     metric: str
     artifact: str = "onnx-int8"
-    op: Literal[">=", "<="] = ">="
-    value: pydantic.FiniteFloat
-    bound: Literal["lower", "point"] = "lower"
+    op: Op = ">="
+    value: pydantic.FiniteFloat | Literal["ok"] | None = None
+    bound: Bound = "lower"
+    norm: Literal["linf", "l2"] | None = None
+    eps: Annotated[str, pydantic.Field(coerce_numbers_to_str=True)] | None = None
+    max_drop: Annotated[float, pydantic.Field(ge=-1, le=1, allow_inf_nan=False)] | None = None
     allow_unreliable: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _one_bar(self) -> PolicyRule:
+        if (self.value is None) == (self.max_drop is None):
+            raise ValueError("give either value or max_drop")
+        return self
+
+    @property
+    def what(self) -> Metric:
+        return Metric(self.metric, self.artifact, self.norm, self.eps)
 
 
 class Policy(BaseModel):
@@ -54,16 +74,29 @@ class Policy(BaseModel):
     def sha256(self) -> str:
         return digest_of(self.model_dump(mode="json"))
 
+    @property
+    def needs_baseline(self) -> bool:
+        return any(rule.max_drop is not None for rule in self.gate)
 
-def read_policy(path: Path) -> Policy:
-    """Raises UsageError when the file is not there, not TOML, or has unknown keys or metrics."""
+
+def read_policy(path: Path, baseline: bool = False) -> Policy:
+    """``baseline``: may there be rules that need one?
+
+    Raises UsageError when the file is not there, not TOML, or has unknown keys, metrics, or rules that make no sense.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read policy {path}: {error.strerror}", "check the path") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"policy {path} is not TOML: {error}", "write [[gate]] tables") from None
-    return policy_of(table, str(path))
+    policy = policy_of(table, str(path))
+    if policy.needs_baseline and not baseline:
+        raise UsageError(
+            f"policy {path} has max_drop, which needs a baseline",
+            "keep such rules in a file of their own, for 'rprune gate --policy FILE --baseline REPORT'",
+        )
+    return policy
 
 
 def policy_of(table: dict[str, Any], origin: str) -> Policy:
@@ -77,77 +110,150 @@ def policy_of(table: dict[str, Any], origin: str) -> Policy:
             raise unknown_name(f"key in policy {origin}", str(place[-1]), known) from None
         if (found := misspelt(problem, f"policy {origin}")) is not None:
             raise found from None
-        raise UsageError(
-            f"policy {origin}: {first_problem(error)}", "keys: metric, artifact, op, value, bound, allow_unreliable"
-        ) from None
+        raise UsageError(f"policy {origin}: {first_problem(error)}", f"keys: {KEYS}") from None
     for rule in policy.gate:
-        if rule.metric not in CLAIMED + MEASURED:
-            raise unknown_name("metric", rule.metric, CLAIMED + MEASURED)
+        if rule.metric not in METRICS:
+            raise unknown_name("metric", rule.metric, METRICS)
         if rule.artifact not in get_args(Role):
             raise unknown_name("file role", rule.artifact, get_args(Role))
+        _check(rule)
     if not policy.gate:
         raise UsageError(f"policy {origin} has no rule", "write at least one [[gate]] table")
     return policy
 
 
-def rule_of(text: str, op: Literal[">=", "<="], bound: Literal["lower", "point"]) -> dict[str, Any]:
-    """``metric=0.45`` or ``metric@onnx=0.45`` of the command line as a policy table."""
+def _check(rule: PolicyRule) -> None:
+    """Raises UsageError for a rule that nothing could be judged by."""
+    health, drop = rule.metric == "attack_health", rule.max_drop is not None
+    if drop and rule.metric not in RIGHT:
+        raise UsageError(f"a drop of {rule.metric} cannot be judged", f"max_drop is for {', '.join(RIGHT)}")
+    if drop and (rule.eps or rule.norm):
+        raise UsageError("a drop is judged under the threat of the claims themselves", "leave out norm and eps")
+    if health and (rule.op != "==" or rule.value != "ok"):
+        wanted = 'write op = "==" and value = "ok"; on the command line --equal attack_health=ok'
+        raise UsageError(f"attack_health cannot be {rule.op} {rule.value}", wanted)
+    if not health and rule.value == "ok":
+        raise UsageError(f"{rule.metric} cannot be 'ok'", "give a number")
+    if rule.op == "==" and not health and rule.metric not in COUNTED:
+        raise UsageError(f"{rule.metric} cannot be ==", f"that is for {', '.join(COUNTED)} and attack_health")
+    if rule.eps is not None:
+        parse_fraction(rule.eps)
+    if (rule.eps or rule.norm) and rule.metric not in CLAIMED[1:]:
+        raise UsageError(f"{rule.metric} is under no threat", f"norm and eps are for {', '.join(CLAIMED[1:])}")
+
+
+def rule_of(text: str, op: Op | None, bound: Bound) -> dict[str, Any]:
+    """``metric[:[norm:]eps][@file]=value`` of the command line as a policy table; op None: the value is a largest drop.
+
+    Raises UsageError.
+    """
     name, separator, value = text.partition("=")
-    metric, _, artifact = name.strip().partition("@")
-    try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not separator or number != number:
-        raise UsageError(f"cannot read '{text}'", "write metric=value, for example robust_accuracy=0.45")
-    return {"metric": metric, "artifact": artifact or "onnx-int8", "op": op, "value": number, "bound": bound}
+    left, _, artifact = name.strip().partition("@")
+    metric, *threat = left.split(":")
+    number: float | str = value.strip()
+    if number != "ok":
+        try:
+            number = parse_fraction(value)
+        except UsageError:
+            number = ""
+    if not separator or number == "" or len(threat) > 2:
+        example = "robust_accuracy=0.45, bytes@onnx=50000 or certified_accuracy:2/255=0.3"
+        raise UsageError(f"cannot read '{text}'", f"write metric=value, for example {example}")
+    table: dict[str, Any] = {"metric": metric, "artifact": artifact or "onnx-int8", "bound": bound}
+    table |= {"max_drop": number} if op is None else {"op": op, "value": number}
+    return table | dict(zip(("eps", "norm"), reversed(threat), strict=False))
 
 
-def judge(report: Report, policy: Policy) -> Gate:
+def policy_rule(rule: Rule) -> PolicyRule:
+    """The line of a policy that an outcome was judged by."""
+    names = ("metric", "artifact", "bound", "allow_unreliable", "norm", "eps")
+    value = {"max_drop": rule.threshold} if rule.drop else {"op": rule.op, "value": rule.threshold}
+    return PolicyRule.model_validate({name: getattr(rule, name) for name in names} | value)
+
+
+def judge(report: Report, policy: Policy, pairs: Pairs | None = None) -> Gate:
     """The outcome of every rule. A metric that the report does not claim fails its rule, and so does one whose attack
-    was weak or cut short, unless the rule allows that. A smoke run fails a rule that every policy has."""
+    was weak or cut short, unless the rule allows that; and a drop that cannot be told sample by sample. A smoke run
+    fails a rule that every policy has.
+
+    ``pairs``: the report beside its baseline. Raises InputError when the two are of other test data.
+    """
+    tests: list[PairedTest] = []
     rules = [NO_SMOKE] if report.smoke else []
-    rules += [_judge(report, rule) for rule in policy.gate]
+    rules += [
+        _judge(report, rule) if rule.max_drop is None else _judge_drop(rule, pairs, tests) for rule in policy.gate
+    ]
     result: Literal["passed", "failed"] = "passed" if all(rule.passed for rule in rules) else "failed"
-    return Gate(policy_sha256=policy.sha256, result=result, rules=rules)
+    baseline = None
+    if pairs is not None and policy.needs_baseline:
+        baseline = Baseline(report=pairs.before.report.id, tests=tests)
+    return Gate(policy_sha256=policy.sha256, result=result, rules=rules, baseline=baseline)
 
 
 def _judge(report: Report, rule: PolicyRule) -> Rule:
-    observed, words = _observe(report, rule)
-    passed = observed is not None and OPS[rule.op](observed, rule.value)
-    message = f"{words} {rule.op if passed else 'is not ' + rule.op} {rule.value:g}" if observed is not None else words
+    found = observe(report, rule.what, rule.op, rule.bound)
+    passed = found.value is not None and OPS[rule.op](found.value, rule.value)
+    message = found.words
+    if found.value is not None:
+        value = f"{rule.value:g}" if isinstance(rule.value, float) else rule.value
+        message = f"{found.words} {'' if passed else 'is not '}{rule.op} {value}"
     claim = report.claim(rule.metric, rule.artifact)
-    if claim is not None and (doubt := "; ".join(doubts(claim))):
+    weak = doubts(claim) if claim is not None else []
+    return _outcome(rule, rule.op, rule.value, found.value, passed, message, weak)
+
+
+def _judge_drop(rule: PolicyRule, pairs: Pairs | None, tests: list[PairedTest]) -> Rule:
+    """Adds the test that the rule is judged by to ``tests``."""
+    if pairs is None:
+        return _outcome(rule, "<=", rule.max_drop, None, False, "there is no baseline to judge a drop by", [])
+    if not pairs.same_data:
+        raise InputError(
+            f"{pairs.before.path} and {pairs.after.path} are of different test data",
+            "a drop is judged on the same samples: make both reports with the same --data",
+        )
+    if pairs.before.report.smoke:
+        return _outcome(rule, "<=", rule.max_drop, None, False, f"the baseline is a {SMOKE}", [])
+    claim, old = (source.report.claim(rule.metric, rule.artifact) for source in (pairs.after, pairs.before))
+    test = pairs.test(rule.metric, rule.artifact)
+    if isinstance(test, str):
+        if claim is not None and old is not None:
+            counts = f"{claim.correct}/{claim.n} against {old.correct}/{old.n}"
+            test = f"cannot be compared sample by sample: {test}; unpaired counts are {counts}"
+        return _outcome(rule, "<=", rule.max_drop, None, False, test, [])
+    assert claim is not None
+    assert old is not None
+    assert rule.max_drop is not None
+    if test not in tests:
+        tests.append(test)
+    drop, worst = (test.b - test.c) / test.n, -test.lower
+    observed = drop if rule.bound == "point" else worst
+    passed = observed <= rule.max_drop
+    words = f"drop {drop:.4f}" + ("" if rule.bound == "point" else f", 95 % bound {worst:.4f}")
+    words += f" (n={test.n}: {test.b} lost, {test.c} gained, McNemar p={test.p:.2g})"
+    weak = doubts(claim) + [f"{doubt} (baseline)" for doubt in doubts(old)]
+    if claim.method != old.method and claim.kind == "empirical-upper-bound":
+        weak.append(f"OTHER ATTACK: {claim.method} against {old.method} of the baseline")
+    message = f"{words} {'' if passed else 'is not '}<= {rule.max_drop:g}"
+    return _outcome(rule, "<=", rule.max_drop, observed, passed, message, weak)
+
+
+def _outcome(
+    rule: PolicyRule, op: str, threshold: Any, observed: float | str | None, passed: bool, message: str, weak: list[str]
+) -> Rule:
+    if weak:
         passed = passed and rule.allow_unreliable
-        message = f"{doubt}; {'allowed: ' if rule.allow_unreliable else ''}{message}"
+        message = f"{'; '.join(weak)}; {'allowed: ' if rule.allow_unreliable else ''}{message}"
     return Rule(
         metric=rule.metric,
         artifact=rule.artifact,
-        op=rule.op,
-        threshold=rule.value,
+        op=op,
+        threshold=threshold,
         bound=rule.bound,
         observed=observed,
         passed=passed,
         message=message,
         allow_unreliable=rule.allow_unreliable,
+        drop=rule.max_drop is not None,
+        norm=rule.norm,
+        eps=rule.eps,
     )
-
-
-def _observe(report: Report, rule: PolicyRule) -> tuple[float | None, str]:
-    if rule.metric in ("sparsity", "kept"):
-        value = report.sparsity.overall if rule.metric == "sparsity" else report.sparsity.kept
-        return float(value), f"{value:g}"
-    if rule.metric == "bytes":
-        subject = report.subject(rule.artifact)
-        if subject is None:
-            return None, f"the report has no file of role {rule.artifact}"
-        return float(subject.bytes), f"{subject.bytes}"
-    claim = report.claim(rule.metric, rule.artifact)
-    if claim is None:
-        return None, f"the report makes no claim of {rule.metric} for {rule.artifact}"
-    share = claim.correct / claim.n
-    if rule.bound == "point":
-        return share, f"{share:.4f} (n={claim.n})"
-    lower, upper = clopper_pearson(claim.correct, claim.n, LEVEL)
-    bound = lower if rule.op == ">=" else upper
-    return bound, f"{share:.4f}, 95 % bound {bound:.4f} (n={claim.n})"

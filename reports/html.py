@@ -26,6 +26,7 @@ from rprune.reports.text import (
     doubts,
     duration,
     flags,
+    judged,
     length,
     main_role,
     number,
@@ -69,7 +70,7 @@ def render_html(report: Report, samples: Sequence[Sample] = (), grams: float | N
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
     filters: dict[str, Callable[..., Any]] = {
-        f.__name__: f for f in (percent, size, short, duration, number, words, doubts, flags)
+        f.__name__: f for f in (percent, size, short, duration, number, words, doubts, flags, judged)
     }
     environment.filters |= filters | {"form": lambda role: FORMS.get(role, role)} | {"svg": element}
     main = main_role(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rprune.reports.schema import Report, Rule
-from rprune.reports.text import doubts
+from rprune.reports.text import bar, doubts, judged
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 REPORT = "https://rprune.dev/integrity-report/v1"  # names the predicate; nothing is served there
@@ -54,4 +54,4 @@ def _json(name: str, sha256: str) -> dict[str, Any]:
 
 
 def _name(rule: Rule) -> str:
-    return f"{rule.metric}@{rule.artifact} {rule.op} {rule.threshold:g} ({rule.bound})"
+    return f"{judged(rule)}@{rule.artifact} {bar(rule.op, rule.threshold)} ({rule.bound})"

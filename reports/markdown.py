@@ -20,6 +20,7 @@ from rprune.reports.text import (
     file_of,
     flags,
     image,
+    judged,
     main_role,
     number,
     percent,
@@ -84,7 +85,7 @@ def bullets(lines: Sequence[object]) -> str:
 def opening(report: Report) -> str:
     """Verdict, rules that are not met, and everything that makes a number less than it seems."""
     missed = [] if report.gate is None else [rule for rule in report.gate.rules if not rule.passed]
-    wrong = [f"{words(rule.metric)}, {form(rule.artifact)}: {rule.message}" for rule in missed]
+    wrong = [f"{words(judged(rule))}, {form(rule.artifact)}: {rule.message}" for rule in missed]
     wrong += [f"{title(claim)}: {'; '.join(doubts(claim))}" for claim in report.claims if doubts(claim)]
     wrong += [f"Warning: {line}" for line in report.warnings]
     tool = f"{report.tool.get('name', '')} {report.tool.get('version', '')}"
@@ -126,7 +127,9 @@ def _gate(report: Report) -> str:
     for rule in report.gate.rules:
         observed, threshold = sides(rule)
         result = "passed" if rule.passed else "FAILED"
-        rows.append([words(rule.metric), form(rule.artifact), observed, f"{rule.op} {threshold}", result, rule.message])
+        rows.append(
+            [words(judged(rule)), form(rule.artifact), observed, f"{rule.op} {threshold}", result, rule.message]
+        )
     return f"## Gate\n\n{table(['Rule', 'File', 'Observed>', 'Threshold>', 'Result', 'Note'], rows)}"
 
 

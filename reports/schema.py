@@ -460,16 +460,16 @@ class Rule(Part):
     """A rule of the policy, and what came of it."""
 
     metric: str
-    """A metric of a claim, or sparsity, kept, bytes."""
+    """A metric of a claim, or sparsity, kept, bytes, macs, latency (ms), attack_health."""
     artifact: str
     """Role of the file."""
     op: str
-    """``>=`` or ``<=``."""
-    threshold: float
+    """``>=``, ``<=`` or ``==``."""
+    threshold: float | str
     """What is compared with."""
     bound: Literal["lower", "point"]
     """Whether the 95 % bound on the strict side is judged, or the value."""
-    observed: float | None = None
+    observed: float | str | None = None
     """What was judged; absent: the report does not claim it."""
     passed: bool
     """The outcome."""
@@ -477,8 +477,48 @@ class Rule(Part):
     """Why."""
     allow_unreliable: bool = False
     """Numbers of weak attacks, or of attacks cut short, count as well."""
+    drop: bool = False
+    """Judged is not the metric, but its drop against the baseline."""
+    norm: str | None = None
+    """Norm of the threat that the rule names."""
+    eps: str | None = None
+    """Its radius, as the policy has it."""
 
-    YOUNGER = frozenset({"allow_unreliable"})
+    YOUNGER = frozenset({"allow_unreliable", "drop", "norm", "eps"})
+
+
+class PairedTest(Part):
+    """A share compared with the baseline's, sample by sample."""
+
+    metric: str
+    """A metric of a claim."""
+    artifact: str
+    """Role of the file."""
+    n: int
+    """Samples of both."""
+    delta: float
+    """Below 0: the share dropped. ``(c - b) / n``."""
+    lower: float
+    """95 % interval of ``delta``."""
+    upper: float
+    """Its other end."""
+    test: Literal["mcnemar-exact"] = "mcnemar-exact"
+    """The test."""
+    b: Count
+    """Samples that count in the baseline alone."""
+    c: Count
+    """Samples that count in this report alone."""
+    p: float
+    """Its two-sided p-value."""
+
+
+class Baseline(Part):
+    """The report that drops were judged against."""
+
+    report: str
+    """Its id."""
+    tests: list[PairedTest]
+    """One for each claim that could be paired."""
 
 
 class Gate(Part):
@@ -490,6 +530,10 @@ class Gate(Part):
     """Passed when all rules are."""
     rules: list[Rule]
     """In the order of the policy."""
+    baseline: Baseline | None = None
+    """Absent: no rule compares with one."""
+
+    YOUNGER = frozenset({"baseline"})
 
 
 class Report(Part):

@@ -70,6 +70,19 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def judged(rule: Rule) -> str:
+    """What a rule is about: the metric, under which threat, and whether its drop."""
+    parts = (rule.metric, rule.norm, rule.eps, "drop" if rule.drop else None)
+    return " ".join(part for part in parts if part)
+
+
+def bar(op: str, value: float | str) -> str:
+    """``>= 0.45``, ``<= 1000000``."""
+    if isinstance(value, float):
+        return f"{op} {int(value) if value.is_integer() else f'{value:g}'}"
+    return f"{op} {value}"
+
+
 def threat(threat: Threat) -> str:
     return f"{NORMS[threat.norm]}, eps {threat.eps}"
 
@@ -103,7 +116,8 @@ def sides(rule: Rule) -> tuple[str, str]:
     """Observed value and threshold of a rule, in the unit of the metric."""
     shares: dict[str, Callable[[float], str]] = dict.fromkeys(METRICS, percent)
     write = {**shares, "sparsity": lambda value: percent(value, 2), "bytes": size}.get(rule.metric, number)
-    return "not claimed" if rule.observed is None else write(rule.observed), write(rule.threshold)
+    unit = "\u00a0ms" if rule.metric == "latency" else ""
+    return "not claimed" if rule.observed is None else write(rule.observed) + unit, write(rule.threshold) + unit
 
 
 def file_of(claim: Claim, report: Report) -> str:

@@ -25,7 +25,7 @@ from rprune.export.session import stored_weights
 from rprune.files import digest_of, file_digest
 from rprune.reports import forms
 from rprune.reports.evidence import read_samples
-from rprune.reports.gate import NO_SMOKE, Policy, PolicyRule, judge
+from rprune.reports.gate import NO_SMOKE, Policy, judge, policy_rule
 from rprune.reports.replay import Replay
 from rprune.reports.schema import Claim, Report, read_report
 from rprune.reports.signing import check_signature
@@ -299,12 +299,7 @@ def _lineage(report: Report) -> tuple[bool, str]:
 def _gate(report: Report, policy: Policy | None) -> tuple[bool, str]:
     if report.gate is None:
         return False, "the report was not judged"
-    names = ("metric", "artifact", "op", "bound", "allow_unreliable")
-    rules = tuple(
-        PolicyRule.model_validate({name: getattr(rule, name) for name in names} | {"value": rule.threshold})
-        for rule in report.gate.rules
-        if rule != NO_SMOKE
-    )
+    rules = tuple(policy_rule(rule) for rule in report.gate.rules if rule != NO_SMOKE)
     again = judge(report, policy or Policy(gate=rules))
     return again == report.gate and again.policy_sha256 == report.policy_sha256, f"gate {again.result}, judged again"
 

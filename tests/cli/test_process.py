@@ -32,6 +32,11 @@ ESCAPE = "\x1b["
         (("--help",), "Exit codes"),
         (("prune", "--help"), "--sparsity"),
         (("gate", "out", "--min", "sparsity=0.5"), "GATE PASSED"),
+        (
+            ("gate", "out", "--max-drop", "clean_accuracy=0.1", "--baseline", "out", "--junit", "j.xml", "--force"),
+            "PASSED",
+        ),
+        (("compare", "out", "out", "--format", "markdown"), "McNemar"),
         (("report", "out"), "clean accuracy"),
         (("report", "out", "--markdown", "doc/r.md", "--card", "doc/README.md", "--bom", "doc/bom.cdx.json",
           "--intoto", "doc/model.intoto.jsonl", "--robustbench", "doc/rb.json", "--force"), "doc/bom.cdx.json"),

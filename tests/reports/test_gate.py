@@ -84,6 +84,13 @@ def test_metrics_that_are_measured(report):
     assert not rule(without, metric="bytes", artifact="masks", op="<=", value=1e12).passed
 
 
+def test_words_of_old_reports(report):
+    """``verify`` judges a stored gate again and compares it whole, with its words."""
+    assert rule(report, metric="bytes", op="<=", value=12e6).message == "11262401 <= 1.2e+07"
+    assert rule(report, metric="kept", op="<=", value=1e6).message == f"{report.sparsity.kept:g} <= 1e+06"
+    assert rule(report, value=0.75).message == f"0.7620, 95 % bound {LOWER:.4f} (n=1000) is not >= 0.75"
+
+
 def test_rules_name_the_file(report):
     low = rule(report, metric="robust_accuracy", artifact="onnx", value=0).observed
     assert low != rule(report, metric="robust_accuracy", value=0).observed

@@ -140,7 +140,8 @@ def test_what_the_first_reports_did_not_have_is_not_written_at_its_default(load_
     first = {"id", "artifact", "sha256", "kind", "metric", "correct", "n", "value", "interval", "threat", "method",
              "settings", "sound_for", "curve"}  # fmt: skip
     assert set(claim.model_dump()) == set(claim.model_dump(mode="json", exclude_none=True)) == first
-    assert set(rule.model_dump()) == set(Rule.model_fields) - {"allow_unreliable"}
+    assert set(rule.model_dump()) == set(Rule.model_fields) - {"allow_unreliable", "drop", "norm", "eps"}
+    assert set(report.gate.model_dump()) == {"policy_sha256", "result", "rules"}
     later = {"health": Health.of([]), "attacks": [row("square")], "distances": [None], "complete": False}
     for name, value in later.items():
         assert set(claim.model_copy(update={name: value}).model_dump()) == first | {name}
