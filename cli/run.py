@@ -49,7 +49,9 @@ def run(
     dry_run: o.DryRun = False,
     smoke: Annotated[
         bool,
-        typer.Option("--smoke", help="See in about a minute whether the whole chain works; into a folder of its own."),
+        typer.Option(
+            "--smoke", help="Try the whole chain on few images, into a folder of its own: a minute for small nets."
+        ),
     ] = False,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every value of the run with where it comes from, and stop.")

@@ -1,4 +1,4 @@
-"""A recipe cut down so far that its whole chain runs in about a minute, to see whether it works at all."""
+"""A recipe cut down to the least that runs its whole chain, to see whether that works: a minute for small nets."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _head(facts: Facts, arch: str, start: Start | None, policy: str) -> list[Row
         ]
     rows += [
         "#",
-        "# Try it first:  rprune run THIS --smoke      does every stage work? about a minute; results of no value",
+        "# Try it first:  rprune run THIS --smoke      does every stage work? few images; results of no value",
         "# Ask the price: rprune run THIS --dry-run    steps, time and memory of every stage on this machine",
         "# Then:          rprune run THIS              interrupted, the same command continues",
         "# Change a value for one run: --set stage.prune.sparsity=0.95. All keys: rprune schema recipe",
@@ -112,8 +112,7 @@ def _model(facts: Facts, arch: str, start: Start | None, given: bool, total: int
     reasons = {
         "torchvision:resnet18": "its strides make large images small early",
         "cifar-resnet18": "the papers' net for small colour images, HARP's and HYDRA's among them",
-        "cnn-large": "small images, or few; a hundredth of its weights is still a network",
-        "vgg4": "few images of a middling size: its head does not grow with them",
+        "vgg4": "few images, or without colour; a hundredth of its weights is still a network",
     }
     others = (
         "torchvision:resnet50, torchvision:mobilenet_v3_small"

@@ -69,10 +69,10 @@ def test_what_is_known_of_familiar_sets_has_no_gap():
 @pytest.mark.parametrize(
     ("shape", "train", "wanted"),
     [
-        ((1, 8, 8), 1_300, "cnn-large"),
-        ((1, 28, 28), 54_000, "cnn-large"),
+        ((1, 8, 8), 1_300, "vgg4"),
+        ((1, 28, 28), 54_000, "vgg4"),
         ((3, 32, 32), 45_000, "cifar-resnet18"),
-        ((3, 32, 32), 500, "cnn-large"),
+        ((3, 32, 32), 500, "vgg4"),
         ((3, 64, 64), 90_000, "cifar-resnet18"),
         ((3, 64, 64), 500, "vgg4"),
         ((3, 224, 224), 1_200_000, "torchvision:resnet18"),
@@ -126,7 +126,7 @@ def test_names_with_quotes_stay_toml(npz, tmp_path, read):
     (tmp_path / "data.npz").rename(odd)
     recipe, _ = read(starter(source.replace("data.npz", odd.name)))
     assert recipe.data.source == f"npz:{odd}"
-    assert recipe.name == "a-b-c-cnn-large-harp"
+    assert recipe.name == "a-b-c-vgg4-harp"
 
 
 def test_a_model_of_rprune_takes_the_place_of_training(trained, tmp_path, read):
