@@ -138,7 +138,7 @@ def test_dry_run_writes_nothing(call, chain, tmp_path, contents):
         assert "cost on this machine" in said.out
         told = call(*command, "--dry-run", "--json", cwd=tmp_path).json
         assert "plan" in told
-        assert set(told["cost"]) == {"steps", "flops", "seconds", "memory"}
+        assert set(told["cost"]) == {"steps", "flops", "seconds", "memory", "once", "at_most"}
     assert contents(tmp_path) == before
 
 
