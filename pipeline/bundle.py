@@ -100,6 +100,8 @@ def export(
 ) -> Report:
     """Write the bundle into the folder ``out``, empty or left by the same call, and return its sealed report.
 
+    The ledgers of its attacks stay until ``finish.publish``: were they deleted here, a kill would repeat the attacks.
+
     Several processes (:func:`world`) attack together; the first one does the rest.
 
     Raises:

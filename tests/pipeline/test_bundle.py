@@ -15,6 +15,7 @@ from rprune.pipeline.bundle import Source, export
 from rprune.pipeline.certificate import sealed
 from rprune.pipeline.certifying import certify
 from rprune.pipeline.claims import proved_samples
+from rprune.pipeline.finish import tidy
 from rprune.pipeline.recipe import CertifyStage, ExportStage
 from rprune.pipeline.single import read_certificates
 from rprune.reports.gate import policy_of
@@ -113,6 +114,7 @@ def test_witnesses_belong_to_broken_samples(made, rows, bench):
 
 def test_subjects_are_the_files(made):
     folder, report = made
+    tidy(folder)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert {subject.name for subject in report.subjects} == files - {"report.json", "report.html"}
     for subject in report.subjects:
