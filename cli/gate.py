@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rprune.reports.gate_forms import Place
 
 BOUNDS = ("lower", "point")
-RULE = "METRIC[:[NORM:]EPS][@FILE]=VALUE"
+RULE = "METRIC=VALUE or METRIC:EPS@FILE=VALUE"
 
 
 def gate(
@@ -31,11 +31,15 @@ def gate(
     ] = None,
     equal: Annotated[
         list[str] | None,
-        typer.Option("--equal", help="METRIC[@FILE]=VALUE that must be met, as attack_health=ok; repeatable."),
+        typer.Option(
+            "--equal", help="METRIC=VALUE or METRIC@FILE=VALUE that must be met, as attack_health=ok; repeatable."
+        ),
     ] = None,
     max_drop: Annotated[
         list[str] | None,
-        typer.Option("--max-drop", help="METRIC[@FILE]=VALUE that it may lie below --baseline; repeatable."),
+        typer.Option(
+            "--max-drop", help="METRIC=VALUE or METRIC@FILE=VALUE that it may lie below --baseline; repeatable."
+        ),
     ] = None,
     baseline: Annotated[
         Path | None,

@@ -55,6 +55,19 @@ def recipe(old: str, new: str, says: str) -> Case:
     return Case("run recipe.toml -o new", 2, says, f"`{shown}`", {"recipe.toml": RECIPE.replace(old, new)})
 
 
+DROP = '[[gate]]\nmetric = "clean_accuracy"\nmax_drop = 0.02\n'
+
+
+def drop(baseline: str, code: int, says: str, given: str, files: Mapping[str, Content]) -> Case:
+    """A baseline that nothing can be compared with."""
+    return Case(f"gate bundle --max-drop clean_accuracy=0.02 --baseline {baseline}", code, says, given, files)
+
+
+def other_data(folder: Path) -> bytes:
+    table = json.loads((folder / "bundle" / "report.json").read_text())
+    return json.dumps(table | {"data": table["data"] | {"sha256": "0" * 64}}).encode()
+
+
 def setting(text: str, says: str) -> Case:
     return Case(f"run recipe.toml -o new --set '{text}'", 2, says, "", {"recipe.toml": RECIPE})
 
@@ -222,7 +235,19 @@ CASES: dict[str, list[Case]] = {
         Case("gate bundle --policy none.toml", 2, "cannot read policy"),
         Case("gate bundle --min sparsity", 2, "metric=value"),
         Case("gate bundle --min sparsity=many", 2, "metric=value"),
-        Case("gate bundle --allow-unreliable", 2, "--min and --max"),
+        Case("gate bundle --allow-unreliable", 2, "allow_unreliable = true"),
+        Case("gate bundle --max-drop clean_accuracy=0.02", 2, "--baseline"),
+        Case("gate bundle --min sparsity=0.1 --baseline bundle", 2, "--max-drop"),
+        Case("gate bundle --max-drop sparsity=0.02 --baseline bundle", 2, "max_drop is for"),
+        Case("gate bundle --min attack_health=ok", 2, "--equal attack_health=ok"),
+        Case("gate bundle --equal clean_accuracy=0.9", 2, "cannot be =="),
+        Case("gate bundle --min clean_accuracy:1/255=0.9", 2, "is under no threat"),
+        Case("gate bundle --min sparsity=0.1 --json --format github", 2, "leave out one"),
+        Case("gate bundle --min sparsity=0.1 --junit gate.xml", 2, "--force", "a file that exists", {"gate.xml": ""}),
+        drop("other.json", 3, "the same --data", "other test data", {"other.json": other_data}),
+        drop("bundle", 5, "take both from one bundle", "changed samples.csv", {"bundle/evidence/samples.csv": "index"}),
+        Case("verify bundle --policy gate.toml", 2, "rprune gate", "a rule with `max_drop`", {"gate.toml": DROP}),
+        Case("compare bundle bundle --alpha 2", 2, "0.05"),
         policy("", "gate"),
         policy("gate = []", "at least one"),
         policy('[[gate]]\nmetrik = "sparsity"\nvalue = 1', "did you mean 'metric'?"),
@@ -245,7 +270,7 @@ HEAD = """# Errors
 What rprune says to mistakes, from the commands themselves: `make docs` runs each of these and writes this page, and the
 tests check it. `model.pt` is a small model trained on digits, `bundle` its export. An error is one line of what and why
 and one of how to mend it, on stderr; nothing is written. [Exit codes](../README.md#use): 2, the request is wrong and
-nothing was run; 3, the input cannot be used.
+nothing was run; 3, the input cannot be used; 5, bytes are not the ones that were promised.
 """
 
 
