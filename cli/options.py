@@ -130,7 +130,7 @@ def shard(text: str | None) -> tuple[int, int]:
 def seconds(text: str) -> float:
     """90s, 10m or 2h. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if not found or not float(found[1]):
+    if not found:
         raise UsageError(f"cannot read --budget {text}", "write a time with its unit: 90s, 10m or 2h")
     return float(found[1]) * UNITS[found[2]]
 

@@ -23,7 +23,7 @@ from rprune.cli.console import (
     stdout,
 )
 from rprune.cli.launch import launched
-from rprune.errors import unknown_name
+from rprune.errors import UsageError, unknown_name
 
 ORIGINS = {"COMMANDLINE": "option", "ENVIRONMENT": "environment", "DEFAULT": "default"}
 
@@ -80,6 +80,8 @@ def run(
         return
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
         limit = None if budget is None else o.seconds(budget)
+        if limit == 0:
+            raise UsageError("no run fits into no time", "name one: --budget 2h")
         runner = Runner(content, recipe.parent, out, reporter, device, limit)
         plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
         if profile is not None:
