@@ -59,6 +59,12 @@ EXIT_CODES = {
 }
 
 
+def printable(text: str, most: int = 120) -> str:
+    """What a file says, for people: control characters and what is no character escaped, and cut."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: most + 1])
+    return shown if len(text) <= most else shown[:most] + "..."
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[RpruneError] = UsageError) -> RpruneError:
     """The error for a name that is not in a registry, with the nearest known name offered."""
     names = sorted(known)

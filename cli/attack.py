@@ -15,7 +15,10 @@ from rprune.cli.launch import launched
 
 def attack(
     model: Annotated[
-        Path, typer.Argument(help="An ONNX file, model.c, or a model file or stage folder as for other commands.")
+        Path,
+        typer.Argument(
+            help="An ONNX file, model.c, a .pt2 program, or a model file or stage folder as for other commands."
+        ),
     ],
     suite: Annotated[
         str | None,
@@ -52,6 +55,7 @@ def attack(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     resume: o.Resume = True,
     force: o.Force = False,
     as_json: o.Json = False,
@@ -70,8 +74,9 @@ def attack(
     )  # fmt: skip
     with ProgressLines(quiet or as_json) as reporter:
         request = o.request(
-            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
-        )
+            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device,
+            download=download, trust_pickle=trust_pickle,
+        )  # fmt: skip
         opened = open_target(model, request, reporter, tuple(parent or ()), compiled)
         name = plan.suite_for(opened)
         check_plan(plan, opened)

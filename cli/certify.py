@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def certify(
     model: Annotated[
         Path | None,
-        typer.Argument(help="A file or stage folder that rprune wrote, a state_dict, an ONNX file or model.c."),
+        typer.Argument(help="A file or stage folder of rprune, anybody's weights, an ONNX file, model.c or .pt2."),
     ] = None,
     output: o.Output = None,
     vnnlib: Annotated[
@@ -72,6 +72,7 @@ def certify(
     gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     resume: o.Resume = True,
     force: o.Force = False,
     as_json: o.Json = False,
@@ -92,7 +93,7 @@ def certify(
     from rprune.pipeline.certifying import certify as run_certify
     from rprune.pipeline.properties import write_properties
     from rprune.pipeline.recipe import CertifyStage, validated
-    from rprune.pipeline.shipped import SHIPPED, certify_file, open_target
+    from rprune.pipeline.shipped import certify_file, is_final, open_target
     from rprune.pipeline.single import Request, certificates_beside, open_model
     from rprune.pipeline.verdicts import Part
     from rprune.training.world import world
@@ -100,16 +101,21 @@ def certify(
     if checked is not None:
         if model is not None:
             raise UsageError("--check takes the certificate alone", "the model is the file that it names, beside it")
-        _check(checked, Request(data=data, arch=arch, device=device, download=download), samples, as_json, quiet)
+        again = Request(data=data, arch=arch, device=device, download=download, trust_pickle=trust_pickle)
+        _check(checked, again, samples, as_json, quiet)
         return
     if model is None:
         raise UsageError("no model is named", "rprune certify MODEL, or --check CERTIFICATE")
-    shipped = model.suffix in SHIPPED
+    request = Request(
+        data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download,
+        trust_pickle=trust_pickle,
+    )  # fmt: skip
+    shipped = is_final(model, request)
     if vnnlib is not None:
         if shipped:
             raise UsageError("--vnnlib is for rprune's own files", "certify the model that the file was made from")
         refuse_overwrite(vnnlib, force)
-    methods = methods or ("smoothing" if model.suffix == ".c" else None)
+    methods = methods or ("smoothing" if shipped and model.suffix != ".onnx" else None)
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     if n is not None and fixed_n is not None:
         raise UsageError("--n and --fixed-n are two tests", "give one of them")
@@ -124,7 +130,6 @@ def certify(
     part = Part(o.shard(shard), output.with_name(f"{output.name}.verdicts.jsonl"), resume, tuple(merge or ()))
     refuse_overwrite(output, force)
     with ProgressLines(quiet or as_json) as reporter, working_on(output, world().first):
-        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
         if shipped:
             opened = open_target(model, request, reporter)
             found = certify_file(opened, stage, part)

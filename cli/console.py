@@ -98,6 +98,17 @@ class ProgressLines:
         """``good``: how many of those that are done hold, where that is what the work finds out."""
         self._show(what, done, total, "" if good is None else f"holds {good}", (time.monotonic(), done))
 
+    def note(self, text: str) -> None:
+        """A remark for people."""
+        if not self.quiet:
+            self.close()
+            note(text)
+
+    def warn(self, text: str) -> None:
+        """What nobody may miss, however quiet the command."""
+        self.close()
+        stderr.print(Text.assemble(("WARNING: ", "bold red"), (text, "red")))
+
     def __enter__(self) -> ProgressLines:
         return self
 

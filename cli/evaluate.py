@@ -25,10 +25,11 @@ def evaluate(
     device: o.Device = "auto",
     gpus: o.Gpus = None,
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Clean and robust accuracy of a model file: of its float and its 8-bit form, or of an ONNX or C file."""
+    """Clean and robust accuracy of a model file: of its float and its 8-bit form, or of an ONNX, C or .pt2 file."""
     if launched(gpus, device):
         return
     from rprune.errors import unknown_name
@@ -39,8 +40,9 @@ def evaluate(
         raise unknown_name("split", split, ["test", "validation"])
     with ProgressLines(quiet or as_json) as reporter:
         request = o.request(
-            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
-        )
+            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device,
+            download=download, trust_pickle=trust_pickle,
+        )  # fmt: skip
         bench, targets, remark = targets_of(model, request, reporter)
         found = measure(bench, targets, split, suite, limit)
     if remark and suite is not None and not quiet:

@@ -33,6 +33,7 @@ def export(
     device: o.Device = "auto",
     gpus: o.Gpus = None,
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -54,7 +55,10 @@ def export(
     bar = None if policy is None else read_policy(policy)
     output = output.resolve() if not output.name else output  # "." has no name beside which to work
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        request = Request(
+            data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download,
+            trust_pickle=trust_pickle,
+        )  # fmt: skip
         opened, artifact = open_model(model, request, reporter)
         refuse_overwrite(output, force)
         beside = certificates_beside(model)

@@ -32,6 +32,7 @@ def finetune(
     gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     force: o.Force = False,
     resume: o.Resume = True,
     compiled: o.Compile = False,
@@ -55,8 +56,9 @@ def finetune(
     output = output or o.default_output(model, "finetuned")
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
         request = o.request(
-            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download
-        )
+            mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device,
+            download=download, trust_pickle=trust_pickle,
+        )  # fmt: skip
         bench, source = open_model(model, request, reporter)
         table, _ = o.with_preset(table, "finetune", preset, pruned_by(source.metadata))
         stage = validated(FinetuneStage, o.with_settings(table, settings), "options")

@@ -9,67 +9,59 @@ import typer
 from rprune.cli import options as o
 from rprune.cli.console import print_json, print_table
 
+FEW = 6  # names of globals in the table
 
-def inspect(file: Annotated[Path, typer.Argument(help="Any model file.")], as_json: o.Json = False) -> None:
-    """What is in this file? Nothing in it is ever executed."""
-    found = contents(file)
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Any model file, or a stage folder.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Count the weights of every layer that are not zero.")
+    ] = False,
+    unsafe_globals: Annotated[
+        bool, typer.Option("--unsafe-globals", help="Only the names of code in a pickle, one a line, all of them.")
+    ] = False,
+    as_json: o.Json = False,
+) -> None:
+    """What is in this file, and what would it run? Nothing in it is ever executed."""
+    from rprune.errors import printable
+    from rprune.pipeline.inspection import contents
+
+    found = contents(file, layers)
+    if unsafe_globals:
+        names = found.get("unsafe_globals", [])
+        if as_json:
+            print_json(names)
+        else:
+            for name in names:
+                typer.echo(printable(name))
+        return
     if as_json:
         print_json(found)
         return
     tensors = found.pop("tensors", [])
-    print_table(
-        str(file),
-        ["", ""],
-        [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in found.items()],
-    )
+    names = found.pop("unsafe_globals", None)
+    if names is not None:
+        more = f" and {len(names) - FEW} more (--unsafe-globals)" if len(names) > FEW else ""
+        found["unsafe globals"] = ", ".join(names[:FEW]) + more if names else "none"
+    print_table(printable(str(file), 400), ["", ""], [[key, _text(value)] for key, value in found.items()], words=True)
     if tensors:
-        print_table(
-            f"{len(tensors)} tensors",
-            ["name", "shape", "type"],
-            [[t["name"], str(t["shape"]), t["type"]] for t in tensors],
-        )
+        columns = ["name", "shape", "type"] + (["not zero", "sparsity"] if layers else [])
+        print_table(f"{len(tensors)} tensors", columns, [_row(tensor, layers) for tensor in tensors])
 
 
-def contents(file: Path) -> dict[str, Any]:
-    """Kind, tensors, and rprune's metadata of a file, as JSON-able values."""
-    from rprune.export.session import load_onnx, weight_counts
-    from rprune.pipeline.intake import classify, pickled_names, safetensors_header
+def _text(value: Any) -> str:
+    from rprune.errors import printable
 
-    kind = classify(file)
-    found: dict[str, Any] = {"kind": kind, "bytes": file.stat().st_size}
-    if kind == "checkpoint":
-        unsafe, strings = pickled_names(file)
-        found["unsafe_globals"] = unsafe
-        text = next((s for s in strings if s.startswith('{"format":"rprune.artifact/')), None)
-        if text is not None:
-            found |= summary(json.loads(text))
-    elif kind == "safetensors":
-        header = safetensors_header(file)
-        text = header.pop("__metadata__", {}).get("rprune")
-        if text is not None:
-            found |= summary(json.loads(text))
-        found["tensors"] = [{"name": n, "shape": t["shape"], "type": t["dtype"]} for n, t in sorted(header.items())]
-    elif kind == "onnx":
-        model = load_onnx(file)
-        found["opset"] = model.opset_import[0].version
-        found["metadata"] = {entry.key: entry.value for entry in model.metadata_props}
-        counts = weight_counts(file)
-        kept, total = sum(c for _, c in counts.values()), sum(_size(shape) for shape, _ in counts.values())
-        found["weights"] = {"kept": kept, "total": total, "sparsity": round(1 - kept / max(total, 1), 6)}
-    return found
+    return printable(value, 400) if isinstance(value, str) else printable(json.dumps(value), 1000)
 
 
-def summary(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The part of an artifact's metadata that a person asks for."""
-    keys = ("stage", "architecture", "norm", "eps", "objective", "seed", "sparsity", "budget")
-    return {key: metadata[key] for key in keys} | {
-        "data": metadata["data"]["source"],
-        "lineage": [entry["stage"] for entry in metadata["lineage"]],
-    }
-
-
-def _size(shape: tuple[int, ...]) -> int:
+def _row(tensor: dict[str, Any], layers: bool) -> list[str]:
+    cells = [tensor["name"], str(tensor["shape"]), tensor["type"]]
+    if not layers:
+        return cells
+    if "nonzero" not in tensor:
+        return [*cells, "", ""]
     size = 1
-    for side in shape:
+    for side in tensor["shape"]:
         size *= side
-    return size
+    return [*cells, f"{tensor['nonzero']:,}", f"{1 - tensor['nonzero'] / max(size, 1):.4f}"]

@@ -18,7 +18,7 @@ UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 Model = Annotated[
     Path,
-    typer.Argument(help="A file or stage folder that rprune wrote, or a state_dict (then with --arch and --data)."),
+    typer.Argument(help="A file or stage folder that rprune wrote, or anybody's weights (then with --data)."),
 ]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
 Data = Annotated[
@@ -36,7 +36,8 @@ Arch = Annotated[
     typer.Option(
         "--arch",
         "--model",
-        help="Architecture: built in, torchvision:NAME, pkg.module:factory or file.py:factory.",
+        help="Architecture: built in, torchvision:NAME, pkg.module:factory or file.py:factory; "
+        "default: as the file says, or as its weights tell.",
         autocompletion=completion.architectures,
     ),
 ]
@@ -114,6 +115,9 @@ Profile = Annotated[
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the net of the training steps; for GPUs.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes.")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Run the code that the model file names; only for files of your own.")
+]
 Download = Annotated[bool, typer.Option("--download", help="Allow the network, to fetch a data set.")]
 
 

@@ -52,6 +52,7 @@ def prune(
     gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     force: o.Force = False,
     resume: o.Resume = True,
     compiled: o.Compile = False,
@@ -89,6 +90,7 @@ def prune(
             seed=seed,
             device=device,
             download=download,
+            trust_pickle=trust_pickle,
         )
         bench, source = open_model(model, request, reporter)
         bench.typed |= o.typed(table)

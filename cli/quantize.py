@@ -47,6 +47,7 @@ def quantize(
     gpus: o.Gpus = None,
     settings: o.Set = None,
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     force: o.Force = False,
     resume: o.Resume = True,
     tensorboard: o.TensorBoard = None,
@@ -70,7 +71,10 @@ def quantize(
     stage = validated(QuantizeStage, o.with_settings(table, settings), "options")
     output = output or o.default_output(model, _suffix(stage.mode, stage.bits))
     with ProgressLines(quiet or as_json, tensorboard) as reporter:
-        request = Request(data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download)
+        request = Request(
+            data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download,
+            trust_pickle=trust_pickle,
+        )  # fmt: skip
         bench, source = open_model(model, request, reporter)
         bench.typed |= o.typed(table)
         step = f"rprune export {output} -o DIR" if stage.bits <= 8 else f"rprune evaluate {output}"

@@ -46,6 +46,7 @@ def run(
         str | None, typer.Option("--budget", help="Fit into 90s, 10m or 2h: stages train for fewer epochs.")
     ] = None,
     profile: o.Profile = None,
+    trust_pickle: o.TrustPickle = False,
     dry_run: o.DryRun = False,
     smoke: Annotated[
         bool,
@@ -82,7 +83,7 @@ def run(
         limit = None if budget is None else o.seconds(budget)
         if limit == 0:
             raise UsageError("no run fits into no time", "name one: --budget 2h")
-        runner = Runner(content, recipe.parent, out, reporter, device, limit)
+        runner = Runner(content, recipe.parent, out, reporter, device, limit, trust_pickle)
         plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
         if profile is not None:
             told = []

@@ -12,6 +12,7 @@ def shrink(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     download: o.Download = False,
+    trust_pickle: o.TrustPickle = False,
     force: o.Force = False,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
@@ -24,7 +25,7 @@ def shrink(
 
     output = output or o.default_output(model, "small")
     with ProgressLines(quiet or as_json) as reporter:
-        request = Request(data=data, arch=arch, seed=seed, device=device, download=download)
+        request = Request(data=data, arch=arch, seed=seed, device=device, download=download, trust_pickle=trust_pickle)
         bench, source = open_model(model, request, reporter)
         work(
             bench, ShrinkStage(), source, output, reporter, force=force, resume=False, dry_run=dry_run,

@@ -63,7 +63,7 @@ def train(
             download=download,
         )
         bench = open_data(request, reporter)
-        found = architecture(request.model_section(arch or "cnn-small"), bench.data)
+        found = architecture(request.model_section(), bench.data)
         bench.typed |= o.typed(table)
         work(
             bench, stage, None, output, reporter, arch=found, force=force, resume=resume, profile=profile,

@@ -24,7 +24,8 @@ from rprune.errors import InputError, IntegrityError, UsageError
 from rprune.files import atomic, digest_of, file_digest, read_json, write_json
 from rprune.models.registry import Architecture, build, is_trusted
 from rprune.pipeline.environment import referenced_files
-from rprune.pipeline.intake import STATE_KEYS, classify, explain
+from rprune.pipeline.foreign import Foreign, Trust, load_foreign, load_pickled, weights_of
+from rprune.pipeline.intake import classify
 from rprune.registry import first_problem
 from rprune.reports.schema import LineageEntry
 from rprune.threat import ThreatModel
@@ -33,7 +34,6 @@ from rprune.training.state import save_state
 FORMAT = "rprune.artifact/1"
 MASK, INTEGER = "rprune.mask/", "rprune.quantization/"  # prefixes inside a single file
 METADATA_KEY = "rprune"
-WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 
 
 class DataRecord(BaseModel):
@@ -105,6 +105,11 @@ class Artifact:
         architecture = self.metadata.architecture
         code = sorted(referenced_files(architecture["name"]).values())
         return digest_of({"tensors": self.digest, "architecture": architecture, "code": code})
+
+    @property
+    def loaded_unsafely(self) -> bool:
+        """Whether code of somebody's file ran to read the weights that it comes from."""
+        return any(entry.config.get("loaded_unsafely") is True for entry in self.metadata.lineage)
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The plain module, with these weights, in eval mode."""
@@ -189,47 +194,28 @@ def load_artifact(path: Path, trusted: str | None = None) -> Artifact:
     return found
 
 
-def load_any(path: Path, trusted: str | None = None) -> Artifact | dict[str, Tensor]:
-    """An artifact, or the plain state_dict of a foreign file. Never runs code from the file."""
+def load_any(path: Path, trusted: str | None = None, trust: Trust | None = None) -> Artifact | Foreign:
+    """An artifact, or the weights of somebody's file.
+
+    Runs code from the file only where there is ``trust``, which is told before.
+
+    Raises InputError and IntegrityError as :func:`load_artifact` does, and where there are no weights to be had.
+    """
     if path.is_dir():
         return _load_folder(path, trusted)
     kind = classify(path)
     if kind == "safetensors":
         return _load_safetensors(path, trusted)
     if kind != "checkpoint":
-        raise InputError(
-            f"{path} is {explain(kind)}", "give a state_dict, a file that rprune wrote, or its stage folder"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and zip errors share no base
-        raise InputError(
-            f"cannot load {path}: {_reason(path, error)}", "save model.state_dict(), not the model"
-        ) from None
+        return load_foreign(path, kind, trust)
+    content, ran = load_pickled(path, kind, trust)
     if isinstance(content, dict) and METADATA_KEY in content:
+        if ran:
+            raise InputError(f"{path} says that rprune wrote it, and holds code", "it was changed; restore it")
         metadata = _metadata(content[METADATA_KEY], path, trusted)
         state, masks, integers = (content.get(key) for key in ("state_dict", "masks", "quantization"))
         return _checked(Artifact(metadata, state, masks, integers), path)  # type: ignore[arg-type]  # checked there
-    return plain_state(content, path)
-
-
-def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state_dict inside a foreign checkpoint, without wrapper prefixes. Raises InputError if there is none."""
-    if isinstance(content, dict):
-        if isinstance(content.get("now"), dict):  # the state of an unfinished stage of ours
-            content = content["now"]
-        for key in STATE_KEYS:
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise InputError(
-            f"{path} holds no state_dict", f"save model.state_dict(), or put it under one of: {', '.join(STATE_KEYS)}"
-        )
-    state: dict[str, Tensor] = dict(content)
-    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+    return weights_of(content, path, kind, ran)
 
 
 def _load_folder(path: Path, trusted: str | None) -> Artifact:
@@ -266,7 +252,7 @@ def _checked(artifact: Artifact, path: Path) -> Artifact:
     return artifact
 
 
-def _load_safetensors(path: Path, trusted: str | None) -> Artifact | dict[str, Tensor]:
+def _load_safetensors(path: Path, trusted: str | None) -> Artifact | Foreign:
     try:
         tensors = load_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
@@ -274,7 +260,7 @@ def _load_safetensors(path: Path, trusted: str | None) -> Artifact | dict[str, T
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"cannot read {path}: {error}", "the file is damaged; restore it") from None
     if text is None:
-        return plain_state(tensors, path)
+        return weights_of(tensors, path, "safetensors")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -299,13 +285,3 @@ def _metadata(text: str, path: Path, trusted: str | None) -> Metadata:
             f"{path} was made with the architecture {name}, which is not built in", f"say so: --arch {name}"
         )
     return metadata
-
-
-def _reason(path: Path, error: Exception) -> str:
-    try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a damaged file has no globals to list
-        unsafe = []
-    if unsafe:
-        return f"it holds pickled code ({', '.join(sorted(unsafe)[:3])}), which is never run"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

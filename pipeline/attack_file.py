@@ -77,7 +77,8 @@ class Result:
         return {
             "schema": SCHEMA,
             "tool": {"name": "rprune", "version": rprune.__version__, "source_sha256": source_digest()},
-            "model": {"file": opened.path.name, "sha256": opened.digest, "role": opened.role},
+            "model": {"file": opened.path.name, "sha256": opened.digest, "role": opened.role}
+            | ({"loaded_unsafely": True} if opened.ran else {}),
             "data": {"source": data.source, "split": "test", "sha256": data.test.digest},
             "seed": opened.bench.seed,
             "columns": [column.to_json() for column in self.columns],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,21 @@ class Reporter(Protocol):
 
     def progress(self, what: str, done: int, good: int | None, total: int) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
 
 class Silent:
     def epoch(self, stage: str, log: EpochLog) -> None: ...
 
     def progress(self, what: str, done: int, good: int | None, total: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        """What nobody may miss."""
+        warnings.warn(text, stacklevel=3)
 
 
 @dataclass(eq=False)

@@ -69,6 +69,10 @@ EVIDENCE: dict[str, Role] = dict.fromkeys(("evidence/samples.csv", "evidence/adv
 CONSTANT = (
     "The model predicts one class for every sample: it has learned nothing, and its certificates are trivially true."
 )
+UNSAFE = (
+    "The weights come from a pickle that ran code as it was read (--trust-pickle); the import entry of the lineage "
+    "names it."
+)
 SATURATES = (
     "Claims on model.int8.onnx hold on x86 CPUs without VNNI only with ONNX Runtime's session option "
     "session.x64quantprecision=1: their int8 kernels saturate otherwise."
@@ -306,6 +310,11 @@ def _certified(certificates: Certificates) -> dict[int, bool]:
     return {i: bool(verdict) for i, verdict in enumerate(proved)}
 
 
+def _warnings(artifact: Artifact, result: Robustness) -> list[str]:
+    constant = int(torch.unique(result.clean.predicted).numel()) == 1
+    return ([CONSTANT] if constant else []) + ([UNSAFE] if artifact.loaded_unsafely else [])
+
+
 def _subjects(out: Path) -> list[Subject]:
     return [
         Subject(name=name, role=role, sha256=file_digest(out / name), bytes=(out / name).stat().st_size)
@@ -370,5 +379,5 @@ def _report(
         evidence=Evidence(witness_count=len(result.broken_ids)),
         environment=environment(str(bench.device)),
         limitations=[*LIMITATIONS, *([SATURATES] if integers is not None and integers.saturating_pairs else [])],
-        warnings=[CONSTANT] if int(torch.unique(result.clean.predicted).numel()) == 1 else [],
+        warnings=_warnings(artifact, result),
     )

@@ -43,7 +43,7 @@ from rprune.pipeline.certifying import (
 )
 from rprune.pipeline.environment import environment, source_digest
 from rprune.pipeline.recipe import CertifyStage
-from rprune.pipeline.shipped import SHIPPED, graph_of, open_target
+from rprune.pipeline.shipped import graph_of, is_final, open_target
 from rprune.pipeline.single import Request, open_model
 from rprune.pipeline.verdicts import SCHEMA
 from rprune.threat import ThreatModel
@@ -181,7 +181,7 @@ class _Opened:
 
 
 def _opened(model: Path, request: Request, reporter: Reporter, bounds: bool) -> _Opened:
-    if model.suffix in SHIPPED:
+    if is_final(model, request):
         opened = open_target(model, request, reporter)
         network, net = graph_of(opened) if bounds else None, opened.target.artifact
         return _Opened(network, net, opened.bench, said(opened.role, opened.identity))

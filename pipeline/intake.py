@@ -1,32 +1,37 @@
-"""What is in a file, found without running anything in it and without torch."""
+"""What is in a model file, found without running anything in it and without torch.
+
+docs/models.md says what rprune does with each kind.
+"""
 
 from __future__ import annotations
 
-import pickletools
+import json
+import mmap
 import struct
 import zipfile
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from rprune.errors import InputError
+from rprune.pipeline.pickles import DTYPES, Pickle, read_pickle
 
-Kind = Literal["safetensors", "checkpoint", "torchscript", "exported program", "onnx", "old pickle", "unknown"]
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema")
+Kind = Literal[
+    "safetensors", "checkpoint", "torchscript", "exported program", "onnx", "old checkpoint", "bare pickle", "unknown"
+]
+PROGRAMS = ("torchscript", "exported program")
+PICKLED = ("checkpoint", "old checkpoint", "bare pickle")
+OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before 1.6
+MOST_MEMBER, MOST_ARCHIVE, MOST_PICKLE = 4 << 30, 16 << 30, 256 << 20  # bytes, unpacked
+MOST_MEMBERS = 100_000
+MOST_RATIO, SMALL = 200, 1 << 20  # a member that grows more as it is unpacked is a bomb, unless it stays small
 _HEADER_LIMIT = 100 << 20
-# all that torch needs to rebuild plain tensors; anything else in a pickle is code of somebody
-_REBUILD = ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor", "_rebuild_qtensor")
-_DTYPES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-SAFE_GLOBALS = frozenset(
-    {"collections.OrderedDict", "_codecs.encode", "torch.Size", "torch.storage.UntypedStorage"}
-    | {f"torch._utils.{name}" for name in _REBUILD}
-    | {f"torch.{name}Storage" for name in _DTYPES}
-)
 
 
 def classify(path: Path) -> Kind:
     """The kind of a model file, from its first bytes and its archive's member names.
 
-    Raises InputError when the file is missing, empty, or an archive that is cut short.
+    Raises InputError when the file is missing, empty, an archive that is cut short, or one that :func:`opened` refuses.
     """
     if path.is_dir():
         files = ", ".join(sorted(p.name for p in path.glob("*.*"))[:6])
@@ -38,21 +43,20 @@ def classify(path: Path) -> Kind:
     if not head:
         raise InputError(f"{path} is empty", "write the model again")
     if head[:4] == b"PK\x03\x04":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name.partition("/")[2] or name for name in archive.namelist()]
-        except zipfile.BadZipFile:
-            raise InputError(f"{path} is cut short or damaged", "copy or write the file again") from None
-        if any(name.startswith("code/") or name == "constants.pkl" for name in names):
+        with opened(path) as archive:
+            names = {name.partition("/")[2] or name for name in archive.namelist()}
+        if any(name.startswith("code/") for name in names) or "constants.pkl" in names:
             return "torchscript"
-        if any(name.startswith("models/") or name == "archive_format" for name in names):
+        if any(name.startswith("models/") for name in names) or "archive_format" in names:
             return "exported program"
         return "checkpoint" if "data.pkl" in names else "unknown"
     size = struct.unpack("<Q", head[:8])[0] if len(head) >= 9 else 0
     if head[8:9] == b"{" and 0 < size < _HEADER_LIMIT:
         return "safetensors"
+    if head[:15] == OLD:
+        return "old checkpoint"
     if head[:1] == b"\x80":
-        return "old pickle"
+        return "bare pickle"
     return "onnx" if path.suffix == ".onnx" else "unknown"
 
 
@@ -61,53 +65,143 @@ def explain(kind: Kind) -> str:
         "torchscript": "a TorchScript program, not weights",
         "exported program": "a torch.export program, not weights",
         "onnx": "an ONNX file, not weights",
-        "old pickle": "a bare pickle, which is never run",
+        "bare pickle": "a bare pickle, which is never run",
         "unknown": "no model file that rprune knows",
     }.get(kind, f"a {kind} file")
 
 
-def pickled_names(path: Path) -> tuple[list[str], list[str]]:
-    """(unsafe globals, strings) of a checkpoint's pickle, read opcode by opcode; nothing is unpickled.
+def opened(path: Path) -> zipfile.ZipFile:
+    """A ZIP archive, none of whose members lies outside, is there twice, or becomes absurdly large.
 
-    A global whose name cannot be read off the opcodes is listed as unsafe.
+    Raises InputError otherwise; nothing was unpacked then.
     """
-    with zipfile.ZipFile(path) as archive:
-        member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        data = archive.read(member)
-    found: set[str] = set()
-    strings: list[str] = []
-    recent: list[str | None] = []  # the last values pushed; None where it is no string
-    memo: dict[int, str | None] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in ("GLOBAL", "INST"):
-                found.add(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.add(".".join(part or "<hidden>" for part in (recent[-2:] or ["<hidden>"])))
-            if opcode.name == "MEMOIZE":
-                memo[len(memo)] = recent[-1] if recent else None
-            elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[int(str(argument))] = recent[-1] if recent else None
-            elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-                recent.append(memo.get(int(str(argument))))
-            elif opcode.stack_after or opcode.name in ("GLOBAL", "INST"):
-                recent.append(argument if isinstance(argument, str) and "UNICODE" in opcode.name else None)
-                if isinstance(argument, str):
-                    strings.append(argument)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} has a damaged pickle: {error}", "write the file again") from None
-    return sorted(found - SAFE_GLOBALS), strings
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error):
+        raise InputError(f"{path} is cut short or damaged", "copy or write the file again") from None
+    wrong = _wrong(archive, path.stat().st_size)
+    if wrong is not None:
+        archive.close()
+        raise InputError(f"{path}: {wrong}", "nothing of it was unpacked; get the file from a source you trust")
+    return archive
+
+
+def _wrong(archive: zipfile.ZipFile, size: int) -> str | None:
+    """What is wrong with an archive of so many bytes."""
+    entries = archive.infolist()
+    if len(entries) > MOST_MEMBERS:
+        return f"it has {len(entries):,} members"
+    if len({entry.filename for entry in entries}) < len(entries):
+        return "a member is in it twice"
+    if sum(entry.file_size for entry in entries) > MOST_ARCHIVE:
+        return f"it unpacks to more than {MOST_ARCHIVE >> 30} GiB"
+    if sum(entry.compress_size for entry in entries) > size:
+        return "its members overlap"
+    for entry in entries:
+        name = f"its member {entry.filename!r:.80}"
+        ways = PurePosixPath(entry.filename), PureWindowsPath(entry.filename)
+        if any(way.is_absolute() or way.drive or ".." in way.parts for way in ways):
+            return f"{name} leads out of it"
+        if entry.flag_bits & 1:
+            return f"{name} is encrypted"
+        if entry.file_size > MOST_MEMBER:
+            return f"{name} has {entry.file_size:,} bytes"
+        if entry.file_size > SMALL and entry.file_size > MOST_RATIO * entry.compress_size:
+            return f"{name} grows {entry.file_size // max(entry.compress_size, 1):,} times as it is unpacked"
+    return None
+
+
+def member(archive: zipfile.ZipFile, name: str, most: int = MOST_MEMBER) -> bytes:
+    """The bytes of a member. Raises InputError when it is not there, damaged, or larger than ``most``."""
+    where = archive.filename
+    try:
+        entry = archive.getinfo(name)
+        if entry.file_size > most:
+            raise InputError(f"{where}: {name!r:.80} has {entry.file_size:,} bytes", "give a smaller model")
+        return archive.read(entry)
+    except KeyError:
+        raise InputError(f"{where} has no {name!r:.80}", "write the file again") from None
+    except Exception as error:  # zlib, zipfile and codecs share no base; InputError is one of them
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} is damaged at {name!r:.80}", "copy or write the file again") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a pickled file holds; ``place``: before the names of its storages in the archive."""
+
+    pickle: Pickle
+    place: str | None = None
+
+
+def read_checkpoint(path: Path, kind: Kind) -> Checkpoint:
+    """The pickle of a checkpoint, a TorchScript program or a bare pickle, as data.
+
+    Raises InputError when it is damaged, or a tensor in it is larger than what is stored.
+    """
+    if kind in ("checkpoint", "torchscript"):
+        with opened(path) as archive:
+            place = top(archive, path, "data.pkl")
+            pickle = read_pickle(member(archive, f"{place}data.pkl", MOST_PICKLE), str(path))
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        widths = dict(DTYPES.values())
+        for tensor in pickle.tensors:
+            held, wanted = sizes.get(f"{place}data/{tensor.key}", 0), tensor.entries * widths.get(tensor.dtype, 1)
+            if held < wanted:
+                raise InputError(f"{path}: a tensor asks for {wanted:,} bytes of {held:,}", "write the file again")
+        return Checkpoint(pickle, f"{place}data/")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if kind == "bare pickle":
+            return Checkpoint(read_pickle(data, str(path)))
+        parts = [read_pickle(data, str(path)) for _ in range(5)]  # magic, version, machine; the content; its storages
+        held = data.size() - data.tell()
+    widths = dict(DTYPES.values())
+    stored = {t.key: t.entries * widths.get(t.dtype, 1) for t in parts[3].tensors}
+    if sum(stored.values()) > held:
+        raise InputError(f"{path} is cut short or damaged", "copy or write the file again")
+    names = frozenset(name for part in parts for name in part.globals)
+    return Checkpoint(Pickle(parts[3].root, names, parts[3].tensors))
+
+
+def top(archive: zipfile.ZipFile, path: Path, name: str) -> str:
+    """The folder, with its slash, in which an archive keeps everything. Raises InputError when it cannot be told."""
+    found = [entry[: -len(name)] for entry in archive.namelist() if entry.partition("/")[2] == name or entry == name]
+    if len(found) != 1:
+        raise InputError(f"{path} has {len(found)} members '{name}'", "write the file again")
+    return found[0]
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """Names, types and shapes of a safetensors file. Raises InputError when its header is damaged."""
-    import json
+    """Names, types, shapes and places of a safetensors file; ``__metadata__`` is a table of text, where there is one.
 
+    Raises InputError when the header is damaged, or says other than the file holds.
+    """
+    hint = "write the file again"
     with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
+        (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        held = path.stat().st_size - 8 - size
         try:
-            header = json.loads(file.read(size))
-        except ValueError as error:
-            raise InputError(f"{path} has a damaged header: {error}", "write the file again") from None
-    assert isinstance(header, dict)
+            header = json.loads(file.read(min(size, _HEADER_LIMIT)))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} has a damaged header: {error}", hint) from None
+    if not isinstance(header, dict) or not _texts(header.get("__metadata__", {})):
+        raise InputError(f"{path} has a damaged header: it is no table of tensors", hint)
+    for name, entry in header.items():
+        if name != "__metadata__" and not _placed(entry, held):
+            raise InputError(f"{path} has a damaged header: {name!r:.80} is no tensor of it", hint)
     return header
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _placed(entry: Any, held: int) -> bool:
+    """Whether a header's entry is a tensor within so many bytes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
+        return False
+    return all(type(n) is int and n >= 0 for n in (*shape, *place)) and place[0] <= place[1] <= held

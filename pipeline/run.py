@@ -29,6 +29,8 @@ from rprune.pipeline.certifying import Certificates, certify
 from rprune.pipeline.cost import Cost, cost
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.finish import STATE, VERDICTS, publish, tidy
+from rprune.pipeline.foreign import Foreign
+from rprune.pipeline.importing import imported
 from rprune.pipeline.profiling import Phase, profiled
 from rprune.pipeline.recipe import (
     CertifyStage,
@@ -37,7 +39,7 @@ from rprune.pipeline.recipe import (
     Recipe,
     Stage,
 )
-from rprune.pipeline.stages import DENSE, adopt, check_stage, epochs_of, open_teacher, run_stage
+from rprune.pipeline.stages import DENSE, check_stage, epochs_of, open_teacher, run_stage
 from rprune.pipeline.trial import trial
 from rprune.pipeline.verdicts import Part
 from rprune.reports.gate import Policy, read_policy
@@ -71,16 +73,21 @@ class Runner:
         reporter: Reporter,
         device: str = "auto",
         budget: float | None = None,
+        trust_pickle: bool = False,
     ) -> None:
         """``folder``: where the recipe lies; its policy is looked for there. ``budget``: seconds for the whole run,
-        into which stages fit by fewer epochs (:class:`Anytime`). Nothing is written yet.
+        into which stages fit by fewer epochs (:class:`Anytime`). ``trust_pickle``: code that the checkpoint names may
+        run. Nothing is written yet.
 
         Raises:
             UsageError, InputError: anything wrong with the recipe, its names, its policy or its data.
         """
         self.recipe, self.out, self.here = recipe, out, world()
         self.policy: Policy | None = None if recipe.policy is None else read_policy(folder / recipe.policy)
-        start = None if recipe.checkpoint is None else load_any(folder / recipe.checkpoint, recipe.model.arch)
+        start: Artifact | Foreign | None = None
+        if recipe.checkpoint is not None:
+            trust = reporter.warn if trust_pickle else None
+            start = load_any(folder / recipe.checkpoint, recipe.model.arch, trust)
         threat = None if recipe.threat is None else recipe.threat.model()
         if isinstance(start, Artifact):
             threat = threat or start.metadata.threat
@@ -89,7 +96,7 @@ class Runner:
         self.bench.smoke = recipe.smoke or (isinstance(start, Artifact) and start.metadata.smoke)
         self.bench.typed = named_code(recipe.model_dump(mode="json"))
         self.arch = architecture(recipe.model, self.bench.data)
-        self.start = self._adopted(start, folder)
+        self.start = self._adopted(start)
         self.teacher = self._teacher(folder)
         for stage in recipe.stage:  # find every mistake before hours are spent
             check_stage(stage, self.bench, self.arch)
@@ -188,12 +195,14 @@ class Runner:
             parent = key
         return outcomes
 
-    def _adopted(self, start: Artifact | dict[str, Any] | None, folder: Path) -> Artifact | None:
+    def _adopted(self, start: Artifact | Foreign | None) -> Artifact | None:
         """The checkpoint as an artifact; one of rprune's own says its architecture itself."""
         if start is None:
             return None
-        if not isinstance(start, Artifact):
-            return adopt(start, self.arch, "pgd-at", self.bench, folder / str(self.recipe.checkpoint))
+        if isinstance(start, Foreign):
+            made = imported(start, self.recipe.model, self.bench)
+            self.arch = made.metadata.arch
+            return made
         arch = start.metadata.arch
         if "arch" in self.recipe.model.model_fields_set and self.arch != arch:
             raise UsageError(f"the checkpoint is a {arch.name}, the recipe says {self.arch.name}", "leave out [model]")
@@ -216,7 +225,9 @@ class Runner:
 
     @property
     def _first_key(self) -> str:
-        return "" if self.start is None else self.start.identity
+        if self.start is None:
+            return ""
+        return self.start.identity + ("/loaded_unsafely" if self.start.loaded_unsafely else "")
 
     def _folder(self, number: int, stage: Stage) -> Path:
         return self.out / ("export" if stage.kind == "export" else f"{number:02d}-{stage.kind}")

@@ -1,4 +1,4 @@
-"""Model files of any kind as what can be evaluated, attacked and certified: ONNX, C, and rprune's own."""
+"""Model files of any kind as what can be evaluated, attacked and certified: ONNX, C, programs, and rprune's own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
 from rprune.export.lift import lifted
 from rprune.export.session import is_quantized
-from rprune.files import file_digest, read_json
+from rprune.files import digest_of, file_digest, read_json
 from rprune.pipeline.bench import Bench, Reporter
 from rprune.pipeline.certifying import certificates, said
+from rprune.pipeline.programs import is_program, open_program
 from rprune.pipeline.recipe import CertifyStage
 from rprune.pipeline.single import Request, open_data, open_model
 from rprune.pipeline.targets import CPU, PROBES, alike, of_artifact, of_file, sources_of
@@ -27,6 +28,11 @@ from rprune.pipeline.verdicts import Part
 from rprune.reports.schema import Role
 
 SHIPPED = (".onnx", ".c")
+
+
+def is_final(path: Path, request: Request) -> bool:
+    """Whether a file is one that only answers: it is attacked and certified as it is, and not worked on any more."""
+    return path.suffix in SHIPPED or (request.arch is None and is_program(path, request.trust_pickle))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,7 @@ class Opened:
     gradient: str
     verdict: str
     note: str = ""
+    ran: bool = False  # code that the file names, or a program that is not bounded, ran
 
 
 def open_target(
@@ -61,6 +68,8 @@ def open_target(
     """
     if path.suffix in SHIPPED:
         return _open_shipped(path, request, reporter, parents, compiled)
+    if is_final(path, request):
+        return _open_program(path, request, reporter, parents, compiled)
     if parents:
         raise UsageError("--parent is for ONNX and C files", "rprune's own files hold their float parent")
     bench, artifact = open_model(path, request, reporter)
@@ -100,6 +109,26 @@ def _open_shipped(path: Path, request: Request, reporter: Reporter, parents: Seq
     return Opened(path, bench, target, role, digest, digest, gradient if why is None else "none", verdict, note)
 
 
+def _open_program(path: Path, request: Request, reporter: Reporter, parents: Sequence[Path], compiled: bool) -> Opened:
+    if parents:
+        raise UsageError("--parent is for ONNX and C files", "a program has gradients of its own")
+    program, words, unsafe = open_program(path, request.trust(reporter), request.mean, request.std)
+    bench = open_data(request, reporter)
+    try:
+        net = program.to(bench.device)
+    except Exception as error:  # a pickled module's own code
+        raise InputError(f"{path} cannot be moved to {bench.device}: {error}", "--device cpu") from None
+    search = torch.compile(net) if compiled else net
+    target = Target.of(net, search)  # type: ignore[arg-type]  # a module, says its documentation
+    _check_fits(path, target, bench)
+    digest = file_digest(path)
+    scale = [list(request.mean), list(request.std)]
+    identity = digest if not request.mean else digest_of({"file": digest, "normalisation": scale})
+    return Opened(
+        path, bench, target, "program", digest, identity, f"{words} in torch", f"{words} of {path.name}", ran=unsafe
+    )
+
+
 def _completed(request: Request, report: Any) -> Request:
     """What the user did not say, from the report of the bundle that the file lies in."""
     try:
@@ -115,7 +144,7 @@ def _completed(request: Request, report: Any) -> Request:
 def _check_fits(path: Path, target: Target, bench: Bench) -> None:
     """Raises InputError when images and logits of the file are not those of the data."""
     data = bench.data
-    batch = loader(data.test, CPU).take(chosen(len(data.test), 1))
+    batch = loader(data.test, bench.device).take(chosen(len(data.test), 1))
     try:
         classes = target.logits(batch.x).shape[1]
     except Exception as error:  # ONNX Runtime's errors share no base
@@ -132,6 +161,9 @@ def targets_of(path: Path, request: Request, reporter: Reporter) -> tuple[Bench,
     if path.suffix in SHIPPED:
         opened = _open_shipped(path, request, reporter, (), False)
         return opened.bench, {path.suffix.removeprefix("."): opened.target}, opened.note
+    if is_final(path, request):
+        opened = _open_program(path, request, reporter, (), False)
+        return opened.bench, {"program": opened.target}, opened.note
     bench, artifact = open_model(path, request, reporter)
     return bench, of_artifact(artifact, bench.device), ""
 
@@ -143,7 +175,7 @@ def measure(
     attacks = () if suite_name is None else bench.suite(suite_name)
     rows = []
     for form, target in targets.items():
-        data = loader(bench.data.split(split), bench.device if form == "float" else CPU)
+        data = loader(bench.data.split(split), bench.device if form in ("float", "program") else CPU)
         found = robustness(
             target, data, bench.threat, with_transfer(attacks) if target.parents else attacks, seed=bench.seed,
             limit=limit, grid=False, together=True,
@@ -159,14 +191,13 @@ def measure(
 def certify_file(opened: Opened, stage: CertifyStage, part: Part | None = None) -> dict[str, Any]:
     """Certificates of a file as it ships: bounds of what its graph computes, smoothing of what answers.
 
-    Raises UsageError for bounds of C, whose graph is that of the ONNX file beside it.
+    Raises UsageError for bounds of C and of programs, whose graph only their ONNX file tells.
     """
     network = None
     if set(stage.methods) != {"smoothing"}:
         if opened.path.suffix != ".onnx":
-            raise UsageError(
-                "a C source can be certified by smoothing alone", "--method smoothing; bounds: its ONNX file"
-            )
+            what = "a C source" if opened.path.suffix == ".c" else "a program"
+            raise UsageError(f"{what} can be certified by smoothing alone", "--method smoothing; bounds: its ONNX file")
         network = graph_of(opened)
     says = said(opened.role, opened.identity)
     return certificates(opened.bench, network, opened.target.artifact, stage, says, part or Part())

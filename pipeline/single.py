@@ -13,13 +13,15 @@ from rprune.files import digest_of, partial_folder, partial_of, read_json, refus
 from rprune.locks import working_on
 from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact, load_any, save_artifact, save_folder
-from rprune.pipeline.bench import Bench, Reporter, architecture, check_fits
+from rprune.pipeline.bench import Bench, Reporter, check_fits
 from rprune.pipeline.bundle import Source, export
 from rprune.pipeline.certifying import Certificates
 from rprune.pipeline.environment import named_code, referenced_files, source_digest
 from rprune.pipeline.finish import STATE, give_way, publish
+from rprune.pipeline.foreign import Trust
+from rprune.pipeline.importing import imported
 from rprune.pipeline.recipe import DataSection, ExportStage, FinetuneStage, ModelSection, Section
-from rprune.pipeline.stages import DENSE, adopt, check_stage, open_teacher, run_stage
+from rprune.pipeline.stages import DENSE, check_stage, open_teacher, run_stage
 from rprune.reports.schema import Report
 from rprune.threat import ThreatModel
 from rprune.training.world import world
@@ -39,9 +41,16 @@ class Request:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    trust_pickle: bool = False  # code that a model file names may run
 
-    def model_section(self, arch: str) -> ModelSection:
-        return ModelSection(arch=arch, kwargs=dict(self.kwargs), mean=self.mean, std=self.std)
+    def model_section(self) -> ModelSection:
+        """Its architecture is set where the user named one."""
+        section = ModelSection(kwargs=dict(self.kwargs), mean=self.mean, std=self.std)
+        return section if self.arch is None else ModelSection(**section.model_dump() | {"arch": self.arch})
+
+    def trust(self, reporter: Reporter) -> Trust | None:
+        """Who is told before code of a file runs; None: it never does."""
+        return reporter.warn if self.trust_pickle else None
 
 
 def open_data(request: Request, reporter: Reporter, recorded: Artifact | None = None) -> Bench:
@@ -78,9 +87,9 @@ def open_model(path: Path, request: Request, reporter: Reporter) -> tuple[Bench,
 
     Raises:
         InputError: unreadable, or not fitting the architecture or the data.
-        UsageError: a foreign state_dict without --arch and --data.
+        UsageError: somebody's weights without --data; arguments of an architecture that is not named.
     """
-    found = load_any(path, request.arch)
+    found = load_any(path, request.arch, request.trust(reporter))
     if isinstance(found, Artifact):
         name = found.metadata.arch.name
         if request.arch not in (None, name):
@@ -88,11 +97,10 @@ def open_model(path: Path, request: Request, reporter: Reporter) -> tuple[Bench,
         bench = open_data(request, reporter, found)
         check_fits(found, bench.data)
         return bench, found
-    if request.arch is None or request.data is None:
-        raise UsageError(f"{path} is a plain state_dict", "say what it is: --arch NAME --data SOURCE")
+    if request.data is None:
+        raise UsageError(f"{path} holds weights alone", "say what data they are for: --data SOURCE")
     bench = open_data(request, reporter)
-    arch = architecture(request.model_section(request.arch), bench.data)
-    return bench, adopt(found, arch, "pgd-at", bench, path)
+    return bench, imported(found, request.model_section(), bench)
 
 
 def prepare(

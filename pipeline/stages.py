@@ -55,11 +55,16 @@ from rprune.training.schedules import schedule
 from rprune.training.world import world
 
 
-def adopt(state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, bench: Bench, origin: Path) -> Artifact:
-    """A foreign state_dict as an artifact. Raises InputError when it does not fit the architecture or the data."""
+def adopt(
+    state: dict[str, torch.Tensor], arch: Architecture, objective: Spec, bench: Bench, origin: Mapping[str, Any]
+) -> Artifact:
+    """A foreign state_dict as an artifact. Raises InputError when it does not fit the architecture or the data.
+
+    ``origin``: what the lineage says of where it comes from.
+    """
     artifact = Artifact(_metadata("import", arch, bench, _objective(objective, bench)), state)
     metrics = {"validation": _scores(bench, artifact.model(bench.device), None)}
-    return _stamped(artifact, "import", {"file": origin.name}, None, 0.0, metrics)
+    return _stamped(artifact, "import", dict(origin), None, 0.0, metrics)
 
 
 QAT_EPOCHS = 20

@@ -43,8 +43,9 @@ def starter(
     """Recipe and gate policy for a data source; ``folder``: where they will lie, ``policy``: the latter's name.
 
     Raises:
-        UsageError: unknown data or architecture; nothing says which data, or what a plain state_dict is.
-        InputError: the model cannot be read or does not fit, or data that is there cannot be read.
+        UsageError: unknown data or architecture; nothing says which data.
+        InputError: the model cannot be read, is of no architecture that is known, or does not fit; data that is there
+            cannot be read.
     """
     found = None if model is None else load_any(model, arch)
     if isinstance(found, Artifact):
@@ -73,9 +74,10 @@ def starter(
         start = Start(place, None if is_trusted(own.name) else own.name, sparsity)
         return _written(facts, own.name, _meta(own), start, True, policy)
     if arch is None:
-        raise UsageError(f"{model} is a plain state_dict", "say what it is: --arch NAME")
+        built = found.guessed(facts.shape if facts.seen else None, facts.classes, source)
+        return _written(facts, built.name, _meta(built), Start(place, None), True, policy)
     built = Architecture(arch, facts.classes, facts.shape)
-    load_state(build(built), found, arch)
+    load_state(build(built), found.state, arch)
     return _written(facts, arch, _meta(built), Start(place, arch), True, policy)
 
 

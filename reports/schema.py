@@ -21,7 +21,7 @@ from rprune.threat import ThreatModel
 
 SCHEMA = "rprune.report/1"
 Role = Literal[
-    "onnx-int8", "onnx", "onnx-compact", "packed", "c", "c-header", "weights", "masks", "evidence"
+    "onnx-int8", "onnx", "onnx-compact", "packed", "c", "c-header", "weights", "masks", "evidence", "program"
 ]  # fmt: skip
 Count = Annotated[int, pydantic.Field(ge=0)]
 Distance = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]

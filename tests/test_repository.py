@@ -48,7 +48,12 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path):
     packages = [ROOT, *(path.parent for path in PACKAGES)]
     wanted = {f"rprune/{path.relative_to(ROOT)}" for folder in packages for path in folder.glob("*.py")}
     wanted |= {f"rprune/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").glob("*.toml")}
-    wanted |= {"rprune/py.typed", "rprune/reports/report.html.j2", "rprune/export/c/kernels.c"}
+    wanted |= {
+        "rprune/py.typed",
+        "rprune/reports/report.html.j2",
+        "rprune/export/c/kernels.c",
+        "rprune/models/fingerprints.json",
+    }
     assert wanted <= names
     assert {name.partition("/")[0] for name in names} == {"rprune", f"rprune-{wheel.name.split('-')[1]}.dist-info"}
 

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 
-from rprune.cli.inspect import contents
+from rprune.pipeline.inspection import contents
 
 
 class Touch:

@@ -42,7 +42,6 @@ ESCAPE = "\x1b["
           "--intoto", "doc/model.intoto.jsonl", "--robustbench", "doc/rb.json", "--force"), "doc/bom.cdx.json"),
         (("inspect", "model.pt"), "cnn-small"),
         (("inspect", "out/model.int8.onnx"), "opset"),
-        (("inspect", "out/model.safetensors"), "features.0.weight"),
         (("verify", "out"), "VERIFIED level=replay"),
         (("list", "data"), "digits"),
         (("list", "architectures"), "cnn-small"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rprune.errors import InputError, IntegrityError, UsageError
-from rprune.pipeline.artifact import Artifact, load_any, load_artifact, plain_state, save_artifact, save_folder
+from rprune.pipeline.artifact import Artifact, load_any, load_artifact, save_artifact, save_folder
 
 FORMS = ("model.pt", "model.safetensors", "folder")
 
@@ -138,20 +138,9 @@ def test_unknown_suffix(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "ema"])
-def test_state_dict_inside_a_checkpoint(trained, tmp_path, key):
-    assert equal(plain_state({"epoch": 1, key: trained.state}, tmp_path), trained.state)
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrappers_are_taken_off(trained, tmp_path, prefix):
-    content = {prefix + name: tensor for name, tensor in trained.state.items()}
-    assert set(plain_state(content, tmp_path)) == set(trained.state)
-
-
 def test_plain_file_needs_more_words(trained, tmp_path):
     torch.save(trained.state, tmp_path / "plain.pt")
-    assert equal(load_any(tmp_path / "plain.pt"), trained.state)
+    assert equal(load_any(tmp_path / "plain.pt").state, trained.state)
     with pytest.raises(InputError, match="without rprune's metadata"):
         load_artifact(tmp_path / "plain.pt")
 

@@ -181,7 +181,7 @@ def dead(bench, trained) -> Artifact:
     first = next(name for name, tensor in state.items() if tensor.dim() == 4)
     state[first][:2] = 0
     state[first.replace("weight", "bias")][:2] = torch.tensor([-1.0, 0.5])
-    return adopt(state, trained.metadata.arch, "pgd-at", bench, Path("dead.pt"))
+    return adopt(state, trained.metadata.arch, "pgd-at", bench, {"file": "dead.pt"})
 
 
 def test_dead_channels_go_before_every_format(bench, dead, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rprune.data.sources import TORCHVISION
-from rprune.errors import InputError, UsageError
+from rprune.errors import InputError
 from rprune.models.registry import Architecture, build
 from rprune.pipeline.artifact import save_artifact
 from rprune.pipeline.recipe import PruneStage, read_recipe
@@ -154,11 +154,12 @@ def test_a_quantized_model_needs_no_recipe(quantized, tmp_path):
         starter(None, None, tmp_path / "model.pt", tmp_path)
 
 
-def test_a_plain_state_dict_needs_its_architecture(trained, tmp_path, read):
+def test_the_architecture_of_a_plain_state_dict_is_told_by_the_weights_or_the_user(trained, tmp_path, read):
     torch.save(trained.state, tmp_path / "plain.pt")
-    with pytest.raises(UsageError) as error:
-        starter("digits", None, tmp_path / "plain.pt", tmp_path)
-    assert "--arch" in error.value.hint
+    made = starter("digits", None, tmp_path / "plain.pt", tmp_path)
+    recipe, _ = read(made)
+    assert (made.arch, recipe.checkpoint) == ("cnn-small", "plain.pt")
+    assert "arch" not in recipe.model.model_fields_set  # the run asks the weights again
     recipe, _ = read(starter("digits", "cnn-small", tmp_path / "plain.pt", tmp_path))
     assert (recipe.checkpoint, recipe.model.arch) == ("plain.pt", "cnn-small")
     with pytest.raises(InputError, match="do not fit"):
