@@ -8,16 +8,18 @@ import json
 import os
 import re
 import shutil
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rprune.errors import InputError, RpruneError, UsageError, WorkError
+from rprune.errors import InputError, IntegrityError, RpruneError, UsageError, WorkError
 
 KEY_FILE = "key.json"
 LOCK = ".lock"  # in a folder that one process at a time works in (rprune.locks)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+MOST_TEXT = 1 << 27  # bytes of a JSON or TOML file; a certificate of 50,000 samples has some 20 MB
 
 
 def canonical_json(value: Any) -> str:
@@ -105,13 +107,43 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Raises InputError when the file is not there or not JSON."""
+    """Raises InputError when the file is not there, not JSON, or larger than 128 MiB."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_text(path))
     except FileNotFoundError:
         raise InputError(f"{what} {path} is not there", "check the path") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"cannot read {what} {path}: {error}", "it must be a JSON file") from None
+
+
+def read_toml(path: Path, what: str, hint: str) -> dict[str, Any]:
+    """Raises UsageError when the file is not there, not TOML, or larger than 128 MiB."""
+    try:
+        return tomllib.loads(_text(path))
+    except OSError as error:
+        raise UsageError(f"cannot read {what} {path}: {error.strerror}", "check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{what} {path} is not TOML: {error}", hint) from None
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"it is larger than {MOST_TEXT >> 20} MiB")
+    return content.decode()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file that a stranger calls ``name``. Raises IntegrityError when it, or a link on the way, leads outside."""
+    try:
+        path = (folder / name).resolve()
+        within = path.is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # names that no file can have, and links in a circle
+        within = False
+    if not within:
+        raise IntegrityError(f"{folder} names {name}, outside itself", "do not trust this folder")
+    return path
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:

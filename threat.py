@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, TypeAlias, get_args
 
 from rprune.errors import UsageError, unknown_name
@@ -15,12 +14,18 @@ Norm: TypeAlias = Literal["linf", "l2"]
 def parse_fraction(text: str | float) -> float:
     """``"8/255"`` or ``"0.1"`` or a number -> float. Raises UsageError for anything else."""
     try:
-        value = float(Fraction(text.replace(" ", ""))) if isinstance(text, str) else float(text)
-    except (ValueError, ZeroDivisionError):
+        value = _fraction(text) if isinstance(text, str) else float(text)
+    except (ValueError, ArithmeticError):
         raise UsageError(f"'{text}' is not a number", "write a decimal (0.03) or a fraction (8/255)") from None
     if not math.isfinite(value):
         raise UsageError(f"'{text}' is not finite", "write a decimal (0.03) or a fraction (8/255)")
     return value
+
+
+def _fraction(text: str) -> float:
+    """Whole numbers over whole numbers, or a decimal; never exactly, which 1e999999999 would fill the memory with."""
+    above, slash, below = text.replace(" ", "").partition("/")
+    return int(above) / int(below) if slash else float(above)
 
 
 @dataclass(frozen=True)

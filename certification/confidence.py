@@ -77,7 +77,12 @@ def radius(count: int, n: int, alpha: float, sigma: float, test: Test = "fixed",
 def recounted(
     row: Mapping[str, Any], *, n: int, alpha: float, sigma: float, test: Test, slack: float
 ) -> tuple[float | None, bool]:
-    """The radius that a sample's row of counts proves, and whether the row says just that; ``n``: draws, at most."""
+    """The radius that a sample's row of counts proves, and whether the row says just that; ``n``: draws, at most.
+
+    Raises ValueError for counts that no draws have.
+    """
+    if not all(isinstance(row[name], int) for name in ("count", "n")) or not 0 <= row["count"] <= row["n"] > 0:
+        raise ValueError(f"{row['count']!r:.40} of {row['n']!r:.40} draws")
     proved = radius(row["count"], row["n"], alpha, sigma, test, slack)
     drawn = row["n"] == n or (test == "sequential" and 0 < row["n"] < n)
     same = math.isclose(proved or 0.0, row["radius"], rel_tol=1e-9)

@@ -56,6 +56,7 @@ def attack(
     device: o.Device = "auto",
     download: o.Download = False,
     trust_pickle: o.TrustPickle = False,
+    trust_c: o.TrustC = False,
     resume: o.Resume = True,
     force: o.Force = False,
     as_json: o.Json = False,
@@ -75,7 +76,7 @@ def attack(
     with ProgressLines(quiet or as_json) as reporter:
         request = o.request(
             mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device,
-            download=download, trust_pickle=trust_pickle,
+            download=download, trust_pickle=trust_pickle, trust_c=trust_c,
         )  # fmt: skip
         opened = open_target(model, request, reporter, tuple(parent or ()), compiled)
         name = plan.suite_for(opened)

@@ -17,6 +17,7 @@ def bench(
     threads: Annotated[str, typer.Option("--threads", help="Threads; several with commas, 0 for all cores.")] = "1,0",
     rounds: Annotated[int, typer.Option("--rounds", help="Turns of each file, of five calls each.", min=1)] = 20,
     seed: o.Seed = 0,
+    trust_c: o.TrustC = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -27,6 +28,11 @@ def bench(
 
     sizes, counts = sizes_of(batches, "--batch-size"), core_counts(threads)
     files = runnable(artifacts)
+    for path in files:
+        if path.suffix == ".c" and not trust_c:
+            from rprune.export.c.origin import need_origin  # torch comes with it
+
+            need_origin(path)
     runs = [path for path in files if path.suffix != ".safetensors"]
     with ProgressLines(quiet or as_json) as reporter:
         footprints = [measured(path) for path in files]

@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, percent, print_json, print_table, stdout
+from rprune.cli.console import ProgressLines, note, percent, plain, print_json, print_table, stdout
 from rprune.cli.launch import launched
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def certify(
     settings: o.Set = None,
     download: o.Download = False,
     trust_pickle: o.TrustPickle = False,
+    trust_c: o.TrustC = False,
     resume: o.Resume = True,
     force: o.Force = False,
     as_json: o.Json = False,
@@ -101,14 +102,16 @@ def certify(
     if checked is not None:
         if model is not None:
             raise UsageError("--check takes the certificate alone", "the model is the file that it names, beside it")
-        again = Request(data=data, arch=arch, device=device, download=download, trust_pickle=trust_pickle)
+        again = Request(
+            data=data, arch=arch, device=device, download=download, trust_pickle=trust_pickle, trust_c=trust_c
+        )
         _check(checked, again, samples, as_json, quiet)
         return
     if model is None:
         raise UsageError("no model is named", "rprune certify MODEL, or --check CERTIFICATE")
     request = Request(
         data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device, download=download,
-        trust_pickle=trust_pickle,
+        trust_pickle=trust_pickle, trust_c=trust_c,
     )  # fmt: skip
     shipped = is_final(model, request)
     if vnnlib is not None:
@@ -193,7 +196,7 @@ def _check(certificate: Path, request: Request, samples: int, as_json: bool, qui
         for name, detail in check(certificate, request, reporter, samples):
             done.append({"name": name, "detail": detail})
             if not as_json:
-                stdout.print(Text.assemble(Text("✓", "green"), f" {name:<14} {detail}"))
+                stdout.print(Text.assemble(Text("✓", "green"), plain(f" {name:<14} {detail}")))
     if as_json:
         print_json({"certificate": str(certificate), "holds": True, "checks": done})
     else:

@@ -26,6 +26,7 @@ def evaluate(
     gpus: o.Gpus = None,
     download: o.Download = False,
     trust_pickle: o.TrustPickle = False,
+    trust_c: o.TrustC = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -41,7 +42,7 @@ def evaluate(
     with ProgressLines(quiet or as_json) as reporter:
         request = o.request(
             mean, std, arch_arg, data=data, arch=arch, norm=norm, eps=eps, seed=seed, device=device,
-            download=download, trust_pickle=trust_pickle,
+            download=download, trust_pickle=trust_pickle, trust_c=trust_c,
         )  # fmt: skip
         bench, targets, remark = targets_of(model, request, reporter)
         found = measure(bench, targets, split, suite, limit)

@@ -118,6 +118,9 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no n
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Run the code that the model file names; only for files of your own.")
 ]
+TrustC = Annotated[
+    bool, typer.Option("--trust-c", help="Compile and run model.c even where no ONNX file beside it proves its origin.")
+]
 Download = Annotated[bool, typer.Option("--download", help="Allow the network, to fetch a data set.")]
 
 

@@ -18,6 +18,7 @@ from rprune.errors import InputError
 LAYOUT = "a shard holds KEY.jpg (jpeg, png, webp) and KEY.cls, the class index as text, for every sample"
 SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 MAX_CLASSES = 1_000_000  # a larger index is a mistake, and would name as many classes
+LONGEST = 1024  # letters of a name: an array gives all of them the room of the longest
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _T = TypeVar("_T")
 _SHARD = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$")
@@ -65,7 +66,13 @@ def _index(path: Path) -> tuple[Names, Labels, Labels, Labels]:
                 )
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as archive:
+                end, place = os.fstat(file.fileno()).st_size, -1
                 for member in archive:
+                    if not (0 <= member.size <= end - member.offset_data and place < member.offset):
+                        raise tarfile.ReadError(f"{member.name:.80} does not lie in it")
+                    place = member.offset
+                    if len(member.name) > LONGEST:
+                        raise tarfile.ReadError(f"it has a name of {len(member.name)} letters")
                     parts = _NAME.fullmatch(member.name)
                     if parts is None or not member.isreg() or member.issparse():
                         continue
@@ -78,7 +85,9 @@ def _index(path: Path) -> tuple[Names, Labels, Labels, Labels]:
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
                 raise tarfile.ReadError("it is cut short or damaged")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # tarfile raises whatever damaged headers cause
         raise InputError(f"cannot read shard {path}: {error}", "copy or make it again, as a plain tar file") from None
     for key in images | labels:
         if key not in labels:

@@ -6,15 +6,14 @@ Nothing here uses the network unless ``download`` is true, and torch is imported
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
-from zipfile import BadZipFile
 
 import numpy as np
 
-from rprune.data.shards import LAYOUT, class_names, indexed, shards_of
+from rprune.data.archive import read_npz
+from rprune.data.shards import LAYOUT, MAX_CLASSES, class_names, indexed, shards_of
 from rprune.data.splits import (
     ArraySplit,
     Augment,
@@ -120,12 +119,11 @@ def _npz(place: str) -> _Found:
     path = Path(place)
     if not path.is_file():
         raise InputError(f"data file {path} is not there", "give the path of an .npz file after 'npz:'")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}", "write it with numpy.savez") from None
     needed = ("train_images", "train_labels", "test_images", "test_labels")
+    try:
+        arrays = read_npz(path, (*needed, "class_names"))
+    except Exception as error:  # those of zip, zlib and numpy share no base
+        raise InputError(f"cannot read {path}: {error}", "write it with numpy.savez") from None
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}", NPZ)
@@ -133,9 +131,11 @@ def _npz(place: str) -> _Found:
     whole = all(array.size and array.dtype.kind in "iu" for array in labels)
     if not whole:
         raise InputError(f"{path} has labels that are not integers, or none", "store labels as integers 0 .. classes-1")
-    count = int(max(array.max() for array in labels)) + 1
+    count = max(int(array.max()) for array in labels) + 1
+    if count > MAX_CLASSES:
+        raise InputError(f"{path} has the label {count - 1}", f"labels are 0 .. classes-1, below {MAX_CLASSES:,}")
     names = arrays.get("class_names")
-    classes = tuple(map(str, names)) if names is not None else tuple(map(str, range(count)))
+    classes = tuple(map(str, range(count) if names is None else names.reshape(-1)))
     splits = []
     for name in ("train", "test"):
         images = arrays[f"{name}_images"]

@@ -24,6 +24,8 @@ from rprune.threat import ThreatModel
 Augment: TypeAlias = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
 Images: TypeAlias = NDArray[np.uint8]
 Labels: TypeAlias = NDArray[np.int64]
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever its name, no file may start another program (EPS)
+MOST_PIXELS = 1 << 26  # of one image: 192 MiB in colour
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +159,15 @@ def opened(stored: Stored) -> Iterator[Any]:
 
     content = stored.read()
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
             yield image
+    except InputError:
+        raise
     except UnidentifiedImageError:
         raise InputError(f"cannot read image {stored}: it is in no known format", "remove or repair the file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever damaged bytes cause
         raise InputError(f"cannot read image {stored}: {error}", "remove or repair the file") from None
 
 

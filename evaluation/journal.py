@@ -156,7 +156,7 @@ class Journal(ABC):
             return 0
         try:
             self._take_text(data[:whole].decode(), path)
-        except (ValueError, KeyError, TypeError, zlib.error) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, zlib.error) as error:
             raise self._unusable(f"{path} is not a {self.WHAT}: {error}") from None
         return whole
 

@@ -8,10 +8,11 @@ their order, on shards, or on where a run was interrupted.
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from rprune.evaluation.journal import Journal
 from rprune.files import canonical_json
 
+MOST_BYTES = 1 << 28  # of one image
 Status = Literal["survived", "fooled", "miss", "invalid"]
 """Survived; fooled by the artifact's verdict; the search net's success that the artifact does not share; logits that
 are not finite at the point found. An attack without a row did not run on the sample."""
@@ -94,9 +96,9 @@ class Ledger(Journal):
 
     def _take_line(self, line: dict[str, Any]) -> None:
         if "clean" in line:
-            self.clean |= {i: Clean(label, guess) for i, label, guess in line["clean"]}
+            self.clean |= {int(i): Clean(int(label), int(guess)) for i, label, guess in line["clean"]}
         else:
-            self._take(line["attack"], {i: _row(values) for i, *values in line["rows"]})
+            self._take(str(line["attack"]), {int(i): _row(values) for i, *values in line["rows"]})
 
 
 def _plain(row: Row) -> list[Any]:
@@ -105,7 +107,10 @@ def _plain(row: Row) -> list[Any]:
 
 def _row(values: Iterable[Any]) -> Row:
     status, queries, margin, witness = values
-    return Row(status, queries, margin, None if witness is None else _decode(witness))
+    if status not in get_args(Status):
+        raise ValueError(f"status {status!r:.40}")
+    margin = None if margin is None else float(margin)
+    return Row(status, int(queries), margin, None if witness is None else _decode(witness))
 
 
 def _encode(witness: Witness) -> dict[str, Any]:
@@ -123,7 +128,13 @@ def _encode(witness: Witness) -> dict[str, Any]:
 
 
 def _decode(table: Mapping[str, Any]) -> Witness:
-    data = zlib.decompress(base64.b64decode(table["x"]))
-    array = np.frombuffer(data, np.uint8 if table["exact"] else "<f4").reshape(table["shape"])
+    kind, shape = np.dtype(np.uint8 if table["exact"] else "<f4"), tuple(map(int, table["shape"]))
+    size = math.prod(shape) * kind.itemsize
+    if not 0 < size <= MOST_BYTES:
+        raise ValueError(f"a witness has shape {shape}")
+    # never more than is promised, however much it would be
+    array = np.frombuffer(zlib.decompressobj().decompress(base64.b64decode(table["x"]), size), kind).reshape(shape)
     x = torch.from_numpy(array.astype(np.float32))
-    return Witness(x / 255 if table["exact"] else x, table["predicted"], table["size"], table["exact"])
+    return Witness(
+        x / 255 if table["exact"] else x, int(table["predicted"]), float(table["size"]), bool(table["exact"])
+    )

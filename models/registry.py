@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rprune.errors import InputError, UsageError, unknown_name
+from rprune.errors import InputError, RpruneError, UsageError, unknown_name
 from rprune.registry import load_object
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Architecture:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"its name is {self.name!r:.80}")
         shape = tuple(self.input_shape)
         if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
             raise InputError(
@@ -92,7 +94,10 @@ class Architecture:
                 f"not an architecture: missing {missing}, unknown {unknown}",
                 f"the fields are: {', '.join(cls.__dataclass_fields__)}",
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"not an architecture: {error}", "write the file again") from None
 
 
 def names() -> tuple[str, ...]:
@@ -123,7 +128,7 @@ def build(arch: Architecture) -> nn.Module:
         module, _, attribute = target.partition(":")
         factory = getattr(importlib.import_module(module), attribute)
         _check_kwargs(arch, set(inspect.signature(factory).parameters) - set(shared) - set(preset))
-        model = factory(**shared, **preset, **arch.kwargs)
+        model = _call(arch.name, factory, {**shared, **preset, **arch.kwargs})
     elif arch.name.startswith(_TORCHVISION):
         model = _torchvision(arch)
     else:
@@ -153,7 +158,7 @@ def _torchvision(arch: Architecture) -> object:
         raise unknown_name("torchvision model", name, known)
     try:
         return torchvision.models.get_model(name, weights=None, num_classes=arch.num_classes, **arch.kwargs)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # its constructors raise whatever their arguments cause
         raise UsageError(
             f"torchvision cannot build '{name}' with {dict(arch.kwargs)}: {error}", "see the model's torchvision page"
         ) from error
@@ -176,7 +181,7 @@ def _foreign(arch: Architecture, shared: Mapping[str, Any]) -> object:
 def _call(name: str, factory: Callable[..., object], arguments: Mapping[str, Any]) -> object:
     try:
         return factory(**arguments)
-    except InputError:
+    except RpruneError:
         raise
     except Exception as error:
         raise InputError(

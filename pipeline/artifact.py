@@ -34,6 +34,7 @@ from rprune.training.state import save_state
 FORMAT = "rprune.artifact/1"
 MASK, INTEGER = "rprune.mask/", "rprune.quantization/"  # prefixes inside a single file
 METADATA_KEY = "rprune"
+TABLES = ("model.safetensors", "masks.safetensors", "quantization.safetensors")  # of the folder
 
 
 class DataRecord(BaseModel):
@@ -113,7 +114,11 @@ class Artifact:
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The plain module, with these weights, in eval mode."""
-        model = build(self.metadata.arch)
+        arch = self.metadata.arch
+        if is_trusted(arch.name):  # of any size that a file can name: it takes memory only once the weights fit
+            with torch.device("meta"):
+                check_state(build(arch), self.state, arch.name)
+        model = build(arch)
         load_state(model, self.state, self.metadata.architecture["name"])
         return model.to(device).eval()
 
@@ -123,6 +128,12 @@ class Artifact:
 
 def load_state(model: nn.Module, state: dict[str, Tensor], arch: str) -> None:
     """Load strictly. Raises InputError that names the first key or shape that does not fit."""
+    check_state(model, state, arch)
+    model.load_state_dict(state)
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], arch: str) -> None:
+    """Raises InputError as :func:`load_state`, and loads nothing."""
     wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     if missing or extra:
@@ -137,7 +148,6 @@ def load_state(model: nn.Module, state: dict[str, Tensor], arch: str) -> None:
                 f"the weights do not fit {arch}: {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}",
                 "check --arch, its arguments, and the number of classes of the data",
             )
-    model.load_state_dict(state)
 
 
 def save_artifact(artifact: Artifact, path: Path) -> None:
@@ -226,11 +236,11 @@ def _load_folder(path: Path, trusted: str | None) -> Artifact:
     tables: dict[str, dict[str, Tensor]] = {}
     for name, digest in files.items():
         file = path / name
-        if not file.is_file() or file_digest(file) != digest:
+        if name not in TABLES or not file.is_file() or file_digest(file) != digest:
             raise IntegrityError(
                 f"{file} is not the file that {path / 'stage.json'} lists", "restore it, or run the stage again"
             )
-        tables[name] = load_file(file)
+        tables[name] = _tensors(file)
     get = tables.get
     metadata = _metadata(json.dumps(record["metadata"]), path, trusted)
     tensors = (tables["model.safetensors"], get("masks.safetensors", {}), get("quantization.safetensors", {}))
@@ -240,7 +250,7 @@ def _load_folder(path: Path, trusted: str | None) -> Artifact:
 def _checked(artifact: Artifact, path: Path) -> Artifact:
     """Raises InputError unless the tables are what the metadata promises."""
     tables = (artifact.state, artifact.masks, artifact.quantization)
-    whole = all(isinstance(t, dict) and all(isinstance(v, Tensor) for v in t.values()) for t in tables)
+    whole = all(isinstance(t, dict) and all(map(_is_whole, t.values())) for t in tables)
     if whole:
         whole = all(
             name in artifact.state and artifact.state[name].shape == m.shape for name, m in artifact.masks.items()
@@ -252,13 +262,24 @@ def _checked(artifact: Artifact, path: Path) -> Artifact:
     return artifact
 
 
-def _load_safetensors(path: Path, trusted: str | None) -> Artifact | Foreign:
+def _is_whole(tensor: Any) -> bool:
+    """Plain numbers, each of which the file holds: a view of one number may stand for any number of them."""
+    plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+    plain = plain and tensor.device.type == "cpu"
+    return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (safetensors.SafetensorError, OSError) as error:
+        return load_file(path)
+    except Exception as error:  # safetensors and torch raise families of their own
         raise InputError(f"cannot read {path}: {error}", "the file is damaged; restore it") from None
+
+
+def _load_safetensors(path: Path, trusted: str | None) -> Artifact | Foreign:
+    tensors = _tensors(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         return weights_of(tensors, path, "safetensors")
 
@@ -276,6 +297,10 @@ def _metadata(text: str, path: Path, trusted: str | None) -> Metadata:
         raise InputError(
             f"{path} has unreadable metadata: {first_problem(error)}", "write it with this version of rprune"
         ) from None
+    try:
+        digest_of(metadata.architecture)
+    except ValueError as error:  # NaN, or text that is none
+        raise InputError(f"{path} has an unreadable architecture: {error}", "write the file again") from None
     if metadata.format != FORMAT:
         raise InputError(f"{path} has format {metadata.format}", f"this version reads {FORMAT}")
     name = metadata.arch.name

@@ -108,7 +108,7 @@ def _checks(path: Path, found: dict[str, Any], request: Request, reporter: Repor
     yield "digest", "the content is the one that was sealed"
     name = str(found["file"]["name"])
     model = path.parent / name
-    _need(Path(name).name == name, "it names a file elsewhere")
+    _need(Path(name).name == name != "..", "it names a file elsewhere")
     if not model.exists():
         raise InputError(f"there is no {model}", "put the model beside its certificate")
     _need(

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rprune.data.splits import Augment
 from rprune.errors import UsageError, unknown_name
+from rprune.files import read_toml
 from rprune.registry import first_problem, misspelt
 from rprune.threat import ThreatModel
 
@@ -273,12 +274,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_table(path: Path) -> dict[str, Any]:
     """A recipe as it stands in its file. Raises UsageError: not there, not TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read recipe {path}: {error.strerror}", "check the path") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe {path} is not TOML: {error}", "'rprune init' writes one") from None
+    return read_toml(path, "recipe", "'rprune init' writes one")
 
 
 def validated(section: type[Any], table: Mapping[str, Any], origin: str) -> Any:

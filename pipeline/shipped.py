@@ -15,6 +15,7 @@ from rprune.data.loaders import loader
 from rprune.errors import InputError, UsageError
 from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
+from rprune.export.c.origin import need_origin
 from rprune.export.lift import lifted
 from rprune.export.session import is_quantized
 from rprune.files import digest_of, file_digest, read_json
@@ -63,7 +64,7 @@ def open_target(
     Beside a report (a bundle), an ONNX or C file needs no further word: data, threat and parents are found there.
 
     Raises:
-        InputError: the file cannot be used, or does not go with the data.
+        InputError: the file cannot be used, does not go with the data, or is code of unknown origin.
         UsageError: no data is named anywhere; a parent for a file of rprune's own.
     """
     if path.suffix in SHIPPED:
@@ -86,6 +87,8 @@ def _open_shipped(path: Path, request: Request, reporter: Reporter, parents: Seq
     report = path.with_name("report.json")
     if request.arch is not None:
         raise UsageError("--arch is for rprune's own files", "leave it out: the file holds its network")
+    if path.suffix == ".c" and not request.trust_c:
+        need_origin(path)
     guide, why = sources_of(path)
     quantized = guide is not None and is_quantized(guide)
     if report.is_file():

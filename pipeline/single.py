@@ -38,6 +38,7 @@ class Request:
     seed: int = 0
     device: str = "auto"
     download: bool = False
+    trust_c: bool = False  # compile and run a C source whose origin is not proved
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rprune.data.splits import Split
 from rprune.errors import InputError
+from rprune.files import inside
 from rprune.reports.html import Sample
 from rprune.reports.schema import Report
 
@@ -38,7 +39,12 @@ def read_witnesses(path: Path) -> Witnesses:
     """Both kinds of witnesses of a file. Raises ValueError when it holds anything else, or a sample twice."""
     from safetensors.numpy import load_file
 
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # errors of safetensors share no base with those of its types
+        raise ValueError(f"cannot read {path.name}: {error}") from None
     kinds = KINDS if set(tensors) != {"index", "x"} else {"index": ("x", "float32")}  # as the first reports had it
     if set(tensors) != {*kinds, *(name for name, _ in kinds.values())}:
         raise ValueError(f"{path.name} holds {', '.join(sorted(tensors))}")
@@ -59,9 +65,12 @@ def read_witnesses(path: Path) -> Witnesses:
 
 def read_samples(path: Path) -> list[dict[str, str]]:
     """The rows of samples.csv. Raises ValueError when its columns are not those of this version or of the first."""
-    with path.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        columns, rows = tuple(table.fieldnames or ()), list(table)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            columns, rows = tuple(table.fieldnames or ()), list(table)
+    except csv.Error as error:
+        raise ValueError(f"{path.name}: {error}") from None
     if columns not in (COLUMNS, COLUMNS + YOUNGER):
         raise ValueError(f"{path.name} has columns {', '.join(columns)}")
     if any(None in row or None in row.values() for row in rows):
@@ -81,24 +90,28 @@ def broken_samples(folder: Path, report: Report, test: Split) -> list[Sample]:
     Raises InputError when these are not what they should be.
     """
     try:
-        found = read_witnesses(folder / report.evidence.witnesses)
-        rows = {int(row["index"]): row for row in read_samples(folder / report.evidence.samples)}
+        found = read_witnesses(inside(folder, report.evidence.witnesses))
+        rows = {int(row["index"]): row for row in read_samples(inside(folder, report.evidence.samples))}
     except ValueError as error:
         raise InputError(f"cannot read the evidence: {error}", "check the folder with 'rprune verify'") from None
-    names = report.data.classes
-    samples = []
-    for index, point in list(zip(found.index.tolist(), found.points, strict=True))[:SHOWN]:
-        row, clean = rows[index], unit(test.pixels(index, index + 1)[0])
-        samples.append(
-            Sample(
-                index=index,
-                label=names[int(row["label"])],
-                clean_prediction=names[int(row["clean_prediction"])],
-                adversarial_prediction=names[int(row["adversarial_prediction"])],
-                clean=clean,
-                adversarial=point,
-                attack=row["attack"],
-                distance=float(distances((point - clean)[None], report.threat.norm)[0]),
-            )
-        )
-    return samples
+    shown = list(zip(found.index.tolist(), found.points, strict=True))[:SHOWN]
+    try:
+        return [_sample(report, rows[index], unit(test.pixels(index, index + 1)[0]), point) for index, point in shown]
+    except (LookupError, ValueError) as error:
+        raise InputError(f"the evidence makes no sense: {error}", "check the folder with 'rprune verify'") from None
+
+
+def _sample(report: Report, row: dict[str, str], clean: NDArray[np.float32], point: NDArray[np.float32]) -> Sample:
+    label, prediction, adversarial = (
+        report.data.classes[int(row[name])] for name in ("label", "clean_prediction", "adversarial_prediction")
+    )
+    return Sample(
+        index=int(row["index"]),
+        label=label,
+        clean_prediction=prediction,
+        adversarial_prediction=adversarial,
+        clean=clean,
+        adversarial=point,
+        attack=row["attack"],
+        distance=float(distances((point - clean)[None], report.threat.norm)[0]),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ EXACT = 1 << 24
 
 def checks(report: Report, roles: Mapping[Any, Path]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     """Static checks by name, each of what is there."""
+    yield "labels", lambda: _labels(report, roles)
     main = roles.get("onnx-int8", roles.get("onnx"))
     if main is None:
         return
@@ -27,10 +29,28 @@ def checks(report: Report, roles: Mapping[Any, Path]) -> Iterator[tuple[str, Cal
         yield "compact", lambda: _compact(main, roles["onnx-compact"])
     if "packed" in roles:
         yield "packed", lambda: _packed(main, roles["packed"])
+    if "c" in roles and can_write_c():
+        yield "c", lambda: _c(main, roles["c"])
     if report.integers is not None:
         yield "integers", lambda: _integers(report, roles["onnx-int8"])
     if report.footprint is not None:
         yield "footprint", lambda: _footprint(report, main)
+
+
+def can_write_c() -> bool:
+    """Whether torch is here, without which no C source can be compared."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def _labels(report: Report, roles: Mapping[Any, Path]) -> Outcome:
+    """Every place that names classes or tensors names the same."""
+    names = "\n".join(report.data.classes)
+    wanted = {"rprune.labels": names, "rprune.tensors_sha256": report.model["tensors_sha256"]}
+    right = "\n".join(report.model.get("labels", report.data.classes)) == names
+    for role in ("onnx", "onnx-int8", "onnx-compact"):
+        stamps = {p.key: p.value for p in load_onnx(roles[role]).metadata_props} if role in roles else {}
+        right = right and all(stamps.get(key, value) == value for key, value in wanted.items())
+    return right, f"{len(report.data.classes)} classes, as the files name them"
 
 
 def _compact(main: Path, compact: Path) -> Outcome:
@@ -42,6 +62,13 @@ def _packed(main: Path, packed: Path) -> Outcome:
     return _same(stored_weights(main), weights), f"unpacked, {packed.name} has the weights of {main.name}"
 
 
+def _c(main: Path, source: Path) -> Outcome:
+    """Written again, and never compiled."""
+    from rprune.export.c.origin import is_written_of
+
+    return is_written_of(source, main), f"{source.name} against what this version of rprune writes of {main.name}"
+
+
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and np.array_equal(one[name], other[name]) for name in one
@@ -49,7 +76,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _integers(report: Report, path: Path) -> Outcome:
-    """The largest sums follow from the file's weights and biases."""
+    """The largest sums follow from the file's weights and biases, and no weight has more bits."""
     from onnx import numpy_helper
 
     stated = report.integers
@@ -61,9 +88,11 @@ def _integers(report: Report, path: Path) -> Outcome:
         layer = name.removesuffix(".weight")
         sums = 255 * np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(1)
         largest[layer] = int((sums + np.abs(biases[f"{layer}.bias"].astype(np.int64))).max())
-    right = stated.largest == largest and stated.exact == (max(largest.values()) < EXACT)
+    most = max(int(np.abs(weight.astype(np.int64)).max(initial=0)) for weight in weights.values())
+    right = 2 <= stated.bits <= 8 and most < 1 << (stated.bits - 1)
+    right = right and stated.largest == largest and stated.exact == (max(largest.values()) < EXACT)
     said = "exact in float32" if stated.exact else "beyond float32"
-    return right, f"sums of at most {max(largest.values()):,}, {said}, recomputed from {path.name}"
+    return right, f"{stated.bits} bits, sums of at most {max(largest.values()):,}, {said}, recomputed from {path.name}"
 
 
 def _footprint(report: Report, main: Path) -> Outcome:

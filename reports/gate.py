@@ -5,7 +5,6 @@ where a rule says so, from its samples beside those of a baseline.
 from __future__ import annotations
 
 import operator
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,7 +13,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from rprune.errors import InputError, UsageError, unknown_name
-from rprune.files import digest_of
+from rprune.files import digest_of, read_toml
 from rprune.registry import first_problem, misspelt
 from rprune.reports.metrics import CLAIMED, COUNTED, METRICS, Metric, observe
 from rprune.reports.pairs import RIGHT, Pairs
@@ -84,13 +83,7 @@ def read_policy(path: Path, baseline: bool = False) -> Policy:
 
     Raises UsageError when the file is not there, not TOML, or has unknown keys, metrics, or rules that make no sense.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read policy {path}: {error.strerror}", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"policy {path} is not TOML: {error}", "write [[gate]] tables") from None
-    policy = policy_of(table, str(path))
+    policy = policy_of(read_toml(path, "policy", "write [[gate]] tables"), str(path))
     if policy.needs_baseline and not baseline:
         raise UsageError(
             f"policy {path} has max_drop, which needs a baseline",

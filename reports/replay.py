@@ -40,6 +40,11 @@ class Replay:
         yield "witnesses", self.witness_set
         yield "samples", self.samples
         yield "certified", self.certified
+        yield from (
+            (f"samples of {claim.id}", lambda claim=claim: self.smoothed(claim))
+            for claim in self.report.claims
+            if claim.metric == "smoothed_certified_accuracy"
+        )
         yield "witnesses in ball", self.ball
         yield "witnesses fool", self.fool
         yield "robust count", self.robust
@@ -153,6 +158,12 @@ class Replay:
             len(rows) == claim.correct and not wrong and not broken,
             f"{len(rows)} certified samples, none broken; the bounds themselves are self-attested",
         )
+
+    def smoothed(self, claim: Claim) -> Outcome:
+        """The first samples of the data, under their own labels."""
+        found = [(row["index"], row["label"]) for row in claim.settings["samples"]]
+        wanted = list(enumerate(self.test.labels[: claim.n].tolist()))
+        return found == wanted, f"{len(found)} samples in order, with their labels; draws are self-attested"
 
     def ball(self) -> Outcome:
         points, threat = self.witnesses.points, self.attacked.threat

@@ -7,13 +7,14 @@ ids of reports without it still hold.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-from rprune.errors import InputError
+from rprune.errors import InputError, UsageError
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.files import digest_of, read_json
 from rprune.registry import first_problem
@@ -23,6 +24,13 @@ SCHEMA = "rprune.report/1"
 Role = Literal[
     "onnx-int8", "onnx", "onnx-compact", "packed", "c", "c-header", "weights", "masks", "evidence", "program"
 ]  # fmt: skip
+KINDS = {
+    "clean_accuracy": "accuracy",
+    "robust_accuracy": "empirical-upper-bound",
+    "certified_accuracy": "certified-lower-bound",
+    "smoothed_certified_accuracy": "certified-probabilistic",
+}
+"""What each metric can be: an attack's number that calls itself a proof would need no health."""
 Count = Annotated[int, pydantic.Field(ge=0)]
 Distance = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Joules = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -94,6 +102,17 @@ class Threat(Part):
 
     def model(self) -> ThreatModel:
         return ThreatModel(self.norm, self.eps)
+
+    @pydantic.model_validator(mode="after")
+    def _is_one(self) -> Threat:
+        """Checks compute with the number, people read the text."""
+        try:
+            same = self.model().eps == self.eps_float
+        except UsageError as error:
+            raise ValueError(error.message) from None
+        if not same:
+            raise ValueError(f"eps {self.eps} is not {self.eps_float}")
+        return self
 
     def covers(self, other: Threat) -> bool:
         """What is proved under this threat holds under the other."""
@@ -236,6 +255,16 @@ class Claim(Part):
     def _counts_fit(self) -> Claim:
         if self.correct > self.n:
             raise ValueError(f"{self.id}: {self.correct} correct of {self.n}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _says_what_it_is(self) -> Claim:
+        if self.id != f"{self.metric}@{self.artifact}":
+            raise ValueError(f"{self.id} claims {self.metric} of {self.artifact}")
+        if self.kind != KINDS[self.metric]:
+            raise ValueError(f"{self.id} is no {self.kind}")
+        if (self.threat is None) != (self.metric == "clean_accuracy"):
+            raise ValueError(f"{self.id} has {'no' if self.threat is None else 'a'} threat")
         return self
 
 
@@ -595,6 +624,17 @@ class Report(Part):
     """Whose word it is: the maker's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @pydantic.model_validator(mode="after")
+    def _has_one_meaning(self) -> Report:
+        """Nothing is there twice: the one would be checked, and the other be read."""
+        names = [f"file {subject.name}" for subject in self.subjects]
+        names += [f"a file of role {subject.role}" for subject in self.subjects if subject.role != "evidence"]
+        names += [f"claim {claim.id}" for claim in self.claims]
+        for name, count in Counter(names).most_common(1):
+            if count > 1:
+                raise ValueError(f"{name} is there twice")
+        return self
 
     def to_json(self) -> dict[str, Any]:
         table = self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -19,10 +19,11 @@ import numpy as np
 
 from rprune.certification.confidence import recounted
 from rprune.data.sources import load_data
+from rprune.data.splits import DataSet
 from rprune.errors import InputError, IntegrityError, UsageError
 from rprune.evaluation.statistics import clopper_pearson
 from rprune.export.session import stored_weights
-from rprune.files import digest_of, file_digest
+from rprune.files import digest_of, file_digest, inside
 from rprune.reports import forms
 from rprune.reports.evidence import read_samples
 from rprune.reports.gate import NO_SMOKE, Policy, judge, policy_rule
@@ -33,6 +34,8 @@ from rprune.reports.text import flags
 
 Level = Literal["hash", "static", "replay"]
 LEVELS: tuple[Level, ...] = ("hash", "static", "replay")
+UNREAD = ("weights", "masks")  # what they are of is not computed without torch
+MODELS = (".onnx", ".c", ".h", ".safetensors", ".pt")  # what a user of the folder might take for one of its models
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,16 @@ class Check:
 
 @dataclass
 class Verification:
-    """What was checked, in order. ``integrity`` is false when bytes differ; ``passed`` needs every check."""
+    """What was checked, in order. ``integrity`` is false when bytes differ; ``passed`` needs every check.
+
+    ``unread``: files of which the hash alone was checked.
+    """
 
     level: Level
     smoke: bool = False  # the report is one of a smoke run
     checks: list[Check] = field(default_factory=list)
     integrity: bool = True
+    unread: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -88,47 +95,52 @@ def verify(
     """
     report = read_report(folder)
     result = Verification(level, report.smoke)
-    paths = {subject.name: _inside(folder, subject.name) for subject in report.subjects}
-    result.check("files", lambda: _files(paths, report))
+    paths = {subject.name: inside(folder, subject.name) for subject in report.subjects}
+    result.check("files", lambda: _files(folder, paths, report))
     result.check("report id", lambda: (report.id == report.computed_id(), "report.json against its own id"))
     result.check("recipe", lambda: (digest_of(report.recipe) == report.recipe_sha256, "the recipe against its digest"))
     if key is not None:
         result.check("signature", lambda: check_signature(folder, key))
     result.integrity = all(check.passed for check in result.checks)
+    result.unread = [s.name for s in report.subjects if level == "hash" or s.role in UNREAD]
+    if report.subject("c") and level != "hash" and not forms.can_write_c():
+        result.unread += [s.name for s in report.subjects if s.role in ("c", "c-header")]
     if not result.integrity or level == "hash":
         return result
     roles = {subject.role: paths[subject.name] for subject in report.subjects}
     _static(result, report, paths, roles, policy)
     if level == "replay":
         try:
-            test = load_data(data or report.data.source, limit=report.data.limit).test
-        except InputError as error:
+            found = load_data(data or report.data.source, limit=report.data.limit)
+        except (InputError, UsageError) as error:
             hint = f"the bundle was made with {report.data.source}; say where it is here: --data, or use --level static"
             raise InputError(error.message, hint) from None
-        if result.check(
-            "data", lambda: (test.digest == report.data.sha256, f"test split of {data or report.data.source}")
-        ):
-            replay = Replay(report, paths, roles, test)
+        if result.check("data", lambda: _data(report, found)):
+            replay = Replay(report, paths, roles, found.test)
             for name, run in replay.checks():
                 result.check(name, run)
     return result
 
 
-def _inside(folder: Path, name: str) -> Path:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise IntegrityError(f"the report names {name}, outside its folder", "do not trust this bundle")
-    return path
-
-
-def _files(paths: dict[str, Path], report: Report) -> tuple[bool, str]:
+def _files(folder: Path, paths: dict[str, Path], report: Report) -> tuple[bool, str]:
     for subject in report.subjects:
         path = paths[subject.name]
         if not path.is_file():
             return False, f"{subject.name} is missing"
         if file_digest(path) != subject.sha256:
             return False, f"{subject.name} differs from its sha256"
+    strange = sorted({file.resolve() for file in folder.iterdir() if file.suffix in MODELS} - set(paths.values()))
+    if strange:
+        return False, f"the report does not name {strange[0].name}, which lies beside it"
     return True, f"{len(report.subjects)} files match their hashes"
+
+
+def _data(report: Report, found: DataSet) -> tuple[bool, str]:
+    """A copy elsewhere may not know the names of the classes."""
+    said, test = report.data, found.test
+    right = test.digest == said.sha256 and len(test) == said.samples
+    right = right and (found.source != said.source or list(found.classes) == said.classes)
+    return right, f"test split of {found.source}"
 
 
 def _static(

@@ -41,7 +41,7 @@ class CClassifier:
 
     The compiler is ``$CC``, the system's, or that of the package ``ziglang``. What it makes is kept in
     ``$XDG_CACHE_HOME/rprune`` under the hash of source, compiler and processor. The source is code, which then runs in
-    this process: it is for files whose origin is known, as any program is.
+    this process: whoever calls this knows its origin (:mod:`rprune.export.c.origin`).
 
     Raises:
         InputError: the files are not there, are none of rprune's, or do not compile.
@@ -50,7 +50,7 @@ class CClassifier:
 
     def __init__(self, path: Path, flags: tuple[str, ...] = FLAGS) -> None:
         self.path = path
-        header = _read(path.with_suffix(".h"))
+        header = read_source(path.with_suffix(".h"))
         sizes = stated(path)
         self.input_shape = sizes["CHANNELS"], sizes["HEIGHT"], sizes["WIDTH"]
         self.classes = sizes["CLASSES"]
@@ -78,7 +78,7 @@ def stated(path: Path) -> dict[str, int]:
     Raises InputError when it is not there, or no header of rprune's.
     """
     header = path.with_suffix(".h")
-    found = {name: int(value) for name, value in HEADER.findall(_read(header))}
+    found = {name: int(value) for name, value in HEADER.findall(read_source(header))}
     if len(found) != len(NEEDED) or found["FORMAT"] != 1:
         raise InputError(f"{header} is no header of rprune's", "export the model again: --format c")
     return found
@@ -98,7 +98,7 @@ def compiler() -> list[str]:
 
 def compiled(path: Path, header: str, flags: tuple[str, ...]) -> Path:
     """The shared library of a source, from the cache where it is there."""
-    source = _read(path)
+    source = read_source(path)
     command = compiler()
     key = hashlib.sha256("\0".join([source, header, BATCH, *command, *flags, _processor()]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rprune"
@@ -143,7 +143,8 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()} {flags}"
 
 
-def _read(path: Path) -> str:
+def read_source(path: Path) -> str:
+    """The text of model.c or model.h. Raises InputError when there is none."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:

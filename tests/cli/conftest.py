@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,14 +88,31 @@ TRAIN = ("--data", "digits", "--objective", "benign", "--epochs", 2, "--batch-si
 CERTIFY = ("--n", 100, "--limit", 10)
 
 
+@contextlib.contextmanager
+def _offline() -> Iterator[list[str]]:
+    """Whatever asks for a socket or an address fails, and is in the list."""
+    asked: list[str] = []
+
+    def refuse(*given: object, **named: object) -> None:
+        asked.append(f"{given} {named}")
+        raise OSError("no network here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("socket", "create_connection", "getaddrinfo"):
+            patch.setattr(socket, name, refuse)
+        yield asked
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """train -> prune -> finetune -> quantize -> certify -> export -> verify -> gate, with default names."""
+    """train -> prune -> finetune -> quantize -> certify -> export -> verify -> gate, with default names, offline."""
     made = Chain(tmp_path_factory.mktemp("chain"))
 
     def step(name: str, *arguments: object) -> None:
-        made.said[name] = _call(name, *arguments, cwd=made.folder)
+        with _offline() as asked:
+            made.said[name] = _call(name, *arguments, cwd=made.folder)
         assert made.said[name].code == 0, made.said[name].err
+        assert asked == [], f"{name} used the network"
 
     step("train", *TRAIN)
     step("prune", "model.pt", "-s", 0.5, "-m", "lwm")
@@ -121,11 +140,12 @@ def bundle(chain, tmp_path_factory):
     """The chain's model in every form, as exported; nothing may be written into it."""
     folder = tmp_path_factory.mktemp("bundle")
     forms = "safetensors,onnx,onnx-int8,onnx-compact,packed,c"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _offline() as asked:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "c-cache"))
         said = _call(
             "export", chain / "model-lwm-0.5-finetuned-int8.pt", "-o", "out", "--format", forms, "--suite", "fgsm",
             "--limit", 40, "--no-health", "-q", cwd=folder,
         )  # fmt: skip
     assert said.code == 0, said.err
+    assert asked == []
     return folder / "out"

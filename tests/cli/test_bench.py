@@ -81,6 +81,7 @@ def folder(bundle, tmp_path):
         (("cut.onnx",), 3, "cut.onnx is not a valid ONNX file"),
         (("cut.packed.safetensors",), 3, "cut.packed.safetensors: not a sound packed file"),
         (("alone.c",), 3, "alone.h"),
+        (("model.c",), 3, "model.c is code"),  # what lies beside is the float file, of another network
         (("model.c", "--batch-size", "0"), 2, "--batch-size 0"),
         (("model.c", "--batch-size", "1;2"), 2, "--batch-size 1;2"),
         (("model.c", "--batch-size", ""), 2, "--batch-size"),
@@ -108,5 +109,5 @@ def test_models_of_different_images(folder, call):
     shape = (3, 32, 32)
     other = plain_model(trace(build(Architecture("cnn-small", 10, shape)).eval(), shape), shape, 10)
     (folder / "other.onnx").write_bytes(other.SerializeToString())
-    error = call("bench", "model.c", "other.onnx", *QUICK, cwd=folder).refused(3)
+    error = call("bench", "model.c", "other.onnx", *QUICK, "--trust-c", cwd=folder).refused(3)
     assert "different sizes: [(1, 8, 8), (3, 32, 32)]" in error

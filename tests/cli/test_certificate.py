@@ -93,6 +93,7 @@ TAMPERED = {
     "another model's digest": (lambda f: f["file"].update(sha256="0" * 64), True, "not the file that was certified"),
     "other data": (lambda f: f["data"].update(sha256="0" * 64), True, "not those certified on"),
     "a file elsewhere": (lambda f: f["file"].update(name="../" + MODEL), True, "names a file elsewhere"),
+    "the folder above": (lambda f: f["file"].update(name=".."), True, "names a file elsewhere"),
     "no sense": (lambda f: f.pop("bounds") and f.update(bounds={"n": 3}), True, "makes no sense"),
     "a sample that is not": (more_certified, True, "is certified by ibp"),
     "smaller radii all proved": (lambda f: all_proved(f["bounds"]["levels"][1:]), True, "is said to be proved at"),

@@ -24,6 +24,7 @@ SHIPPED = (*ONNX, "model.c")
 INTEGERS = ("model.int8.onnx", "model.compact.onnx", "model.c")
 N = 40
 DATA = ("--data", "digits", "--eps", "0.03")
+ALONE = (*DATA, "--trust-c")
 
 pytestmark = pytest.mark.usefixtures("c_cache")
 
@@ -80,15 +81,15 @@ def test_evaluate_in_words(bundle, call):
 
 @pytest.mark.usefixtures("few")
 def test_a_robust_accuracy_of_a_part_of_the_suite_says_so(alone, call):
-    said = call("evaluate", "model.c", *DATA, "--suite", "few", "-n", 20, cwd=alone)
+    said = call("evaluate", "model.c", *ALONE, "--suite", "few", "-n", 20, cwd=alone)
     assert said.code == 0, said.err
     assert "INCOMPLETE" in said.out.splitlines()[-1]
     assert "INCOMPLETE" not in said.out.splitlines()[-2]
     assert "no gradients: no ONNX file of the same model lies beside model.c" in said.err
-    found = call("evaluate", "model.c", *DATA, "--suite", "few", "-n", 20, "--json", "-q", cwd=alone)
+    found = call("evaluate", "model.c", *ALONE, "--suite", "few", "-n", 20, "--json", "-q", cwd=alone)
     assert found.err == ""
     assert found.json["results"][1]["complete"] is False
-    plain = call("evaluate", "model.c", *DATA, "-n", 20, cwd=alone)
+    plain = call("evaluate", "model.c", *ALONE, "-n", 20, cwd=alone)
     assert "no gradients" not in plain.err
 
 
@@ -122,7 +123,7 @@ def test_the_forms_of_the_integers_fall_to_the_same_points(folder, call):
 
 @pytest.mark.usefixtures("few")
 def test_without_files_beside_c_is_attacked_without_gradients(alone, call):
-    said = call("attack", "model.c", *DATA, "--suite", "few", "-n", 20, "--no-health", cwd=alone)
+    said = call("attack", "model.c", *ALONE, "--suite", "few", "-n", 20, "--no-health", cwd=alone)
     assert said.code == 0, said.err
     note = "no gradients: no ONNX file of the same model lies beside model.c; only attacks without gradients"
     assert note in said.err
@@ -132,7 +133,7 @@ def test_without_files_beside_c_is_attacked_without_gradients(alone, call):
     assert robust["settings"]["gradient"] == "none"
     assert {row["name"]: row["tried"] for row in robust["attacks"]} == {"fgsm": 0, "square": robust_tried(found)}
     assert robust["complete"] is False
-    quiet = call("attack", "model.c", *DATA, "--suite", "few", "-n", 20, "--no-health", "-q", cwd=alone)
+    quiet = call("attack", "model.c", *ALONE, "--suite", "few", "-n", 20, "--no-health", "-q", cwd=alone)
     assert (quiet.code, quiet.err) == (0, "")
 
 
@@ -144,14 +145,14 @@ def robust_tried(found) -> int:
 def test_where_every_attack_needs_gradients_nothing_runs(alone, call, contents):
     before = contents(alone)
     for command in (("attack", "model.c", "--no-health"), ("evaluate", "model.c")):
-        error = call(*command, *DATA, "--suite", "fgsm", "-n", 20, cwd=alone).refused(2)
+        error = call(*command, *ALONE, "--suite", "fgsm", "-n", 20, cwd=alone).refused(2)
         assert "fgsm cannot run: there is no net to search on" in error
     assert contents(alone) == before
 
 
 def test_a_parent_may_be_named_instead(alone, call, bundle):
     parent = ("--parent", bundle / "model.onnx")
-    said = call("attack", "model.c", *DATA, *parent, "--suite", "fgsm", "-n", N, "--no-health", "--json", cwd=alone)
+    said = call("attack", "model.c", *ALONE, *parent, "--suite", "fgsm", "-n", N, "--no-health", "--json", cwd=alone)
     assert said.code == 0, said.err
     rows = {row["name"]: row for row in said.json["columns"][0]["claims"][1]["attacks"]}
     assert rows["fgsm"]["tried"] == 0
@@ -165,7 +166,7 @@ def test_gradients_of_another_model_are_not_taken(alone, call, bundle, load_help
     other = plain_model(trace(nets.make("lenet"), nets.SHAPE), nets.SHAPE, 10).SerializeToString()
     larger = plain_model(trace(nets.make("vgg4"), (1, 16, 16)), (1, 16, 16), 10).SerializeToString()
     floats = (bundle / "model.onnx").read_bytes()  # of this network, before it was rounded
-    command = ("attack", "model.c", *DATA, "--suite", "few", "-n", 5, "--no-health", "--json")
+    command = ("attack", "model.c", *ALONE, "--suite", "few", "-n", 5, "--no-health", "--json")
     for int8, float32 in ((b"junk", other), (larger, floats), (floats, b"")):
         (alone / "model.int8.onnx").write_bytes(int8)
         (alone / "model.onnx").write_bytes(float32)
@@ -268,14 +269,16 @@ def test_certificates_of_a_file_are_not_taken_for_those_of_the_model(tmp_path):
         (("evaluate", "out/model.c", "--data", "npz:large.npz"), 3, "does not take images of (3, 16, 16)"),
         (("evaluate", "out/model.compact.onnx", "--data", "npz:large.npz"), 3, "does not take images of (3, 16, 16)"),
         (("attack", "out/model.c", "--suite", "fgsm", "--data", "npz:two.npz"), 3, "10 classes, npz:two.npz has 2"),
-        (("evaluate", "model.c"), 2, "no data is named"),
-        (("certify", "model.c"), 2, "no data is named"),
-        (("attack", "model.c"), 2, "no data is named"),
+        (("evaluate", "model.c", "--trust-c"), 2, "no data is named"),
+        (("certify", "model.c", "--trust-c"), 2, "no data is named"),
+        (("attack", "model.c", "--trust-c"), 2, "no data is named"),
         (("attack", "none.c", *DATA), 3, "none.h"),
         (("certify", "none.onnx", *DATA), 3, "none.onnx"),
         (("evaluate", "headless.c", *DATA), 3, "headless.h"),
         (("evaluate", "foreign.c", *DATA), 3, "no header of rprune's"),
-        (("attack", "broken.c", *DATA), 3, "broken.c does not compile"),
+        (("attack", "broken.c", *DATA), 3, "broken.c is code"),
+        (("attack", "broken.c", *ALONE), 3, "broken.c does not compile"),
+        (("certify", "model.c", *DATA), 3, "model.c is code"),
         (("certify", "broken.onnx", *DATA), 3, "not a valid ONNX file"),
         (("attack", "out/model.c", "--suite", "fgsm", "--parent", "none.onnx"), 3, "none.onnx is not there"),
     ],
