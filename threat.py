@@ -25,7 +25,10 @@ def parse_fraction(text: str | float) -> float:
 def _fraction(text: str) -> float:
     """Whole numbers over whole numbers, or a decimal; never exactly, which 1e999999999 would fill the memory with."""
     above, slash, below = text.replace(" ", "").partition("/")
-    return int(above) / int(below) if slash else float(above)
+    value = int(above) / int(below) if slash else float(above)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 @dataclass(frozen=True)

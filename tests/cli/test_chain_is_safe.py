@@ -53,6 +53,13 @@ def html(file: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*(?!["']?(data:|#))""", text)
 
 
+def xml(file: Path) -> None:
+    """Of no document type, in which entities could name files."""
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("<?xml")
+    assert "<!" not in text
+
+
 def csv(file: Path) -> None:
     assert read_samples(file)
 
@@ -65,6 +72,7 @@ READERS = {
     ".h": c,
     ".html": html,
     ".csv": csv,
+    ".xml": xml,
     ".json": lambda file: json.loads(file.read_text(encoding="utf-8")),
 }
 
