@@ -72,6 +72,7 @@ with ended_gently():
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    first = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
     try:
         with ended_gently():
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
@@ -79,3 +80,4 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
         assert signal.getsignal(signal.SIGINT) is not inside
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, first)
