@@ -63,7 +63,7 @@ def test_what_fits(stages, seconds: float) -> None:
         for cost, fit, count in zip(costs, found, epochs, strict=True)
     )
     reserved = sum(cost.seconds for cost in costs if cost.at_most)
-    if all(fit > 1 or count <= 1 for fit, count in zip(found, epochs, strict=True)) and found != epochs:
+    if all(fit > 1 or not count for fit, count in zip(found, epochs, strict=True)) and found != epochs:
         assert spent - reserved <= max(seconds - reserved, LEAST * seconds) * (1 + 1e-9)
     if sum(cost.seconds for cost in costs) <= seconds:
         assert found == epochs
