@@ -65,6 +65,11 @@ def printable(text: str, most: int = 120) -> str:
     return shown if len(text) <= most else shown[:most] + "..."
 
 
+def first_line(error: BaseException, most: int = 160) -> str:
+    """What a library's error says in its first line, cut; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[RpruneError] = UsageError) -> RpruneError:
     """The error for a name that is not in a registry, with the nearest known name offered."""
     names = sorted(known)

@@ -198,10 +198,10 @@ def print_artifact(artifact: Artifact, where: str) -> None:
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
 
 
-def print_costs(costs: Sequence[tuple[str, Cost]]) -> None:
+def print_costs(kinds: Sequence[str], costs: Sequence[Cost]) -> None:
     """What stages will take, from a few of their steps."""
     rows = []
-    for kind, cost in costs:
+    for kind, cost in zip(kinds, costs, strict=True):
         flops = f"{cost.flops:.2g}" if cost.flops else ""
         time = f"{'at most ' * cost.at_most}{duration(cost.seconds)}"
         rows.append([kind, str(cost.steps or ""), flops, time, f"{cost.memory / 2**30:.1f} GiB"])

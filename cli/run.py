@@ -122,17 +122,17 @@ def run(
 
 def _dry_run(content: Recipe, runner: Runner, plan: list[list[str]], as_json: bool) -> None:
     """What would be done, and what it would cost."""
-    costs = runner.costs()
+    costs, kinds = runner.costs(), [stage.kind for stage in content.stage]
     epochs = None if runner.anytime is None else runner.fitted(costs)
     if as_json:
         found: dict[str, Any] = {"recipe": content.model_dump(mode="json"), "plan": plan}
-        found["costs"] = [{"kind": kind, "cost": cost.to_json()} for kind, cost in costs]
+        found["costs"] = [{"kind": kind, "cost": cost.to_json()} for kind, cost in zip(kinds, costs, strict=True)]
         print_json(found if epochs is None else found | {"epochs": epochs})
         return
     print_table(f"{content.name}: {runner.bench.threat}, {runner.bench.device}", ["stage", "folder", ""], plan)
-    print_costs(costs)
+    print_costs(kinds, costs)
     if epochs is not None and runner.anytime is not None:
-        fit = ", ".join(f"{kind} {count}" for (kind, _), count in zip(costs, epochs, strict=True) if count)
+        fit = ", ".join(f"{kind} {count}" for kind, count in zip(kinds, epochs, strict=True) if count)
         note(f"Epochs within {duration(runner.anytime.seconds)}: {fit}.")
 
 

@@ -53,7 +53,7 @@ def work(
     if profile is not None:
         from rprune.pipeline.profiling import profiled
 
-        phases = profiled(bench, stage, source, arch, teacher_of(bench, stage, source), profile)
+        phases, _ = profiled(bench, stage, source, arch, teacher_of(bench, stage, source), profile)
         if as_json:
             print_json({"plan": plan, "phases": [vars(phase) for phase in phases]})
         else:
@@ -66,7 +66,7 @@ def work(
         if as_json:
             print_json({"plan": plan, "cost": found.to_json()})
         else:
-            print_costs([(str(plan["kind"]), found)])
+            print_costs([str(plan["kind"])], [found])
         return
     made = run_single(bench, stage, source, output, arch=arch, resume=resume)
     if as_json:

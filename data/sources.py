@@ -260,11 +260,16 @@ def _wanted_size(source: str, query: str) -> int | None:
     return int(value)
 
 
+def data_folder() -> Path:
+    """Of torchvision's sets, where the source names none."""
+    return Path(os.environ.get("RPRUNE_DATA") or Path.home() / ".cache" / "rprune")
+
+
 def _torchvision(kind: str, place: str, download: bool) -> _Found:
     from torchvision import datasets
 
     name, train_args, test_args, augment, eps = TORCHVISION[kind]
-    root = Path(place or os.environ.get("RPRUNE_DATA") or Path.home() / ".cache" / "rprune")
+    root = Path(place) if place else data_folder()
     splits = []
     classes: tuple[str, ...] = ()
     for split, arguments in (("train", train_args), ("test", test_args)):

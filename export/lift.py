@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from rprune.errors import InputError
+from rprune.errors import InputError, first_line
 from rprune.export.constants import Constants, need
 from rprune.export.session import load_onnx
 from rprune.models.graph import Add, Affine, GlobalAvgPool, clipped, note_shapes
@@ -83,7 +83,7 @@ class _Lifter:
         try:
             note_shapes(network, self.shape)
         except RuntimeError as error:
-            raise InputError(f"its shapes contradict each other: {str(error).splitlines()[0][:160]}") from None
+            raise InputError(f"its shapes contradict each other: {first_line(error)}") from None
         return network
 
     def _lift(self, node: Any) -> None:

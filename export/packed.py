@@ -11,7 +11,7 @@ import pydantic
 import torch
 from torch import Tensor, fx
 
-from rprune.errors import InputError
+from rprune.errors import InputError, first_line
 from rprune.export import gaps
 from rprune.export.gaps import Gaps
 from rprune.export.packed_table import FORMAT, MOST_LEVELS, Kind, Scale, Stored
@@ -71,8 +71,7 @@ def network_of(content: Packed) -> tuple[fx.GraphModule, Quantization | None]:
     try:
         network = loaded(content.classes, content.input_shape, content.layers, _state(content))
     except Exception as error:  # names of layers may be those of a module's own parts, which breaks it in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the packed layers make no network: {reason:.200}", HINT) from None
+        raise InputError(f"the packed layers make no network: {first_line(error, 200)}", HINT) from None
     if not integers:
         return network, None
     plan = Plan(network)

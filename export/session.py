@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rprune.errors import InputError
+from rprune.errors import InputError, first_line
 from rprune.export.constants import Constants
 from rprune.export.guard import MOST_BYTES, guard
 
@@ -37,7 +37,9 @@ class OnnxClassifier:
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a family of its own without a common public base
-            raise InputError(f"ONNX Runtime refuses {path}: {_first_line(error)}", "export the model again") from None
+            raise InputError(
+                f"ONNX Runtime refuses {path}: {first_line(error, 200)}", "export the model again"
+            ) from None
         self._input = self._session.get_inputs()[0]
         self.batch_size = batch_size
 
@@ -82,7 +84,9 @@ def load_onnx(path: Path) -> Any:
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # checker errors share no base
-        raise InputError(f"{path} is not a valid ONNX file: {_first_line(error)}", "export the model again") from None
+        raise InputError(
+            f"{path} is not a valid ONNX file: {first_line(error, 200)}", "export the model again"
+        ) from None
     return model
 
 
@@ -97,7 +101,9 @@ def stored_weights(path: Path) -> dict[str, NDArray[Any]]:
         try:
             found[name] = constants.array(value)
         except Exception as error:  # a file's mistakes show as errors of numpy, which share no base
-            raise InputError(f"{path}: weight {name!r:.80}: {_first_line(error)}", "export the model again") from None
+            raise InputError(
+                f"{path}: weight {name!r:.80}: {first_line(error, 200)}", "export the model again"
+            ) from None
     return found
 
 
@@ -123,10 +129,8 @@ def _guarded(path: Path) -> tuple[Any, bytes]:
     try:
         model = ModelProto.FromString(data)
     except Exception as error:  # protobuf's errors share no base
-        raise InputError(f"{path} is not a valid ONNX file: {_first_line(error)}", "export the model again") from None
+        raise InputError(
+            f"{path} is not a valid ONNX file: {first_line(error, 200)}", "export the model again"
+        ) from None
     guard(model, path)
     return model, data
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rprune.errors import InputError
+from rprune.errors import InputError, first_line
 from rprune.export.constants import LARGEST
 from rprune.export.guard import VIEWS
 from rprune.export.operators import NUMBERED, OPERATORS, PLAIN, need
@@ -42,7 +42,7 @@ def onnx_twin(path: Path) -> nn.Module:
     try:
         return _Reader(model).twin()
     except Exception as error:  # a file's mistakes show as errors of numpy and torch, which share no base
-        raise InputError(f"{path}: {_first_line(error)}", HINT) from None
+        raise InputError(f"{path}: {first_line(error, 300)}", HINT) from None
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Reader:
             self.values.update(zip(node.output, results, strict=False))
         except Exception as error:  # as above
             name = repr(node.name or next(iter(node.output), ""))
-            raise InputError(f"node {name:.80} ({node.op_type!r:.40}): {_first_line(error)}") from None
+            raise InputError(f"node {name:.80} ({node.op_type!r:.40}): {first_line(error, 300)}") from None
         return compute
 
     def _shadow(self, node: Any, place: int, value: Tensor | None) -> Tensor | None:
@@ -205,7 +205,3 @@ def _tensor(proto: Any) -> Tensor:
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

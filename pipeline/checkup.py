@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 import rprune
-from rprune.data.sources import TORCHVISION
-from rprune.errors import RpruneError, unknown_name
+from rprune.data.sources import TORCHVISION, data_folder
+from rprune.errors import RpruneError, first_line, unknown_name
 from rprune.export.saturation import int8_is_exact
 from rprune.export.session import may_saturate
 from rprune.reports.text import size
@@ -76,7 +76,7 @@ def _safely(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield from check()
     except Exception as error:  # a broken installation may raise anything
         name = check.__name__.strip("_").replace("_", " ")
-        yield Finding(name, "warn", f"cannot be looked at: {_line(error)}", "please report this")
+        yield Finding(name, "warn", f"cannot be looked at: {first_line(error)}", "please report this")
 
 
 def _python() -> Iterator[Finding]:
@@ -138,7 +138,7 @@ def _torch() -> Iterator[Finding]:
         torch = importlib.import_module("torch")
     except Exception as error:  # what is missing or damaged shows in many ways
         mend = "pip install torch torchvision; without it gate, verify, report and inspect work, and nothing else"
-        yield Finding("import torch", "missing", _line(error), mend, needed=True)
+        yield Finding("import torch", "missing", first_line(error), mend, needed=True)
         return
     threads = f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
     yield Finding(
@@ -161,7 +161,9 @@ def _torch() -> Iterator[Finding]:
             torch.ones(8, device=f"cuda:{index}").sum().item()
             yield Finding(f"GPU {index}", "ok", detail)
         except RuntimeError as error:
-            yield Finding(f"GPU {index}", "warn", f"{detail}: {_line(error)}", "install a torch built for this GPU")
+            yield Finding(
+                f"GPU {index}", "warn", f"{detail}: {first_line(error)}", "install a torch built for this GPU"
+            )
 
 
 def _driver() -> str:
@@ -195,7 +197,7 @@ def _onnx_runtime() -> Iterator[Finding]:
     try:
         runtime = importlib.import_module("onnxruntime")
     except Exception as error:
-        yield Finding("import onnxruntime", "missing", _line(error), "pip install onnxruntime", needed=True)
+        yield Finding("import onnxruntime", "missing", first_line(error), "pip install onnxruntime", needed=True)
         return
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in runtime.get_available_providers())
     yield Finding("ONNX Runtime", "ok", f"{runtime.__version__}, providers {providers}; rprune uses CPU", needed=True)
@@ -225,7 +227,7 @@ def _c_compiler() -> Iterator[Finding]:
             command += [*FLAGS, "probe.c", "-o", "probe.so"]
             done = subprocess.run(command, cwd=work, capture_output=True, timeout=120, text=True, check=False)
     except (RpruneError, OSError, subprocess.TimeoutExpired) as error:
-        yield Finding("C compiler", "missing", _line(error), mend)
+        yield Finding("C compiler", "missing", first_line(error), mend)
         return
     name = " ".join(compiler())
     if done.returncode:
@@ -236,9 +238,10 @@ def _c_compiler() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rprune"
+    from rprune.export.c.engine import cache_folder
+
     yield _folder("current folder", Path.cwd(), "go where you may write", needed=True)
-    yield _folder("cache", cache, "set XDG_CACHE_HOME to a folder of yours; only the C form needs it")
+    yield _folder("cache", cache_folder(), "set XDG_CACHE_HOME to a folder of yours; only the C form needs it")
 
 
 def _folder(what: str, path: Path, mend: str, needed: bool = False) -> Finding:
@@ -259,10 +262,9 @@ def _folder(what: str, path: Path, mend: str, needed: bool = False) -> Finding:
 
 
 def _data() -> Iterator[Finding]:
-    said = os.environ.get("RPRUNE_DATA")
-    root = Path(said or Path.home() / ".cache" / "rprune")
+    root = data_folder()
     if not root.is_dir():
-        state: State = "warn" if said else "missing"
+        state: State = "warn" if os.environ.get("RPRUNE_DATA") else "missing"
         yield Finding("data folder", state, f"{root} is not there", "set RPRUNE_DATA, or fetch a set with --download")
         return
     found = [name for name in TORCHVISION if (root / FOLDERS[name]).exists()]
@@ -278,10 +280,6 @@ def _environment() -> Iterator[Finding]:
                 yield Finding(name, "warn", f"{value} is no number", "set it to 0 or more, or unset it")
             else:
                 yield Finding(name, "ok", f"{value}: {VARIABLES[name]}")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 CHECKS = (_python, _packages, _torch, _cpu, _onnx_runtime, _c_compiler, _disk, _data, _environment)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from rprune.errors import InputError
-from rprune.pipeline.pickles import DTYPES, Pickle, read_pickle
+from rprune.pipeline.pickles import WIDTHS, Pickle, read_pickle
 
 Kind = Literal[
     "safetensors", "checkpoint", "torchscript", "exported program", "onnx", "old checkpoint", "bare pickle", "unknown"
@@ -145,9 +145,8 @@ def read_checkpoint(path: Path, kind: Kind) -> Checkpoint:
             place = top(archive, path, "data.pkl")
             pickle = read_pickle(member(archive, f"{place}data.pkl", MOST_PICKLE), str(path))
             sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-        widths = dict(DTYPES.values())
         for tensor in pickle.tensors:
-            held, wanted = sizes.get(f"{place}data/{tensor.key}", 0), tensor.entries * widths.get(tensor.dtype, 1)
+            held, wanted = sizes.get(f"{place}data/{tensor.key}", 0), tensor.entries * WIDTHS.get(tensor.dtype, 1)
             if held < wanted:
                 raise InputError(f"{path}: a tensor asks for {wanted:,} bytes of {held:,}", "write the file again")
         return Checkpoint(pickle, f"{place}data/")
@@ -156,8 +155,7 @@ def read_checkpoint(path: Path, kind: Kind) -> Checkpoint:
             return Checkpoint(read_pickle(data, str(path)))
         parts = [read_pickle(data, str(path)) for _ in range(5)]  # magic, version, machine; the content; its storages
         held = data.size() - data.tell()
-    widths = dict(DTYPES.values())
-    stored = {t.key: t.entries * widths.get(t.dtype, 1) for t in parts[3].tensors}
+    stored = {t.key: t.entries * WIDTHS.get(t.dtype, 1) for t in parts[3].tensors}
     if sum(stored.values()) > held:
         raise InputError(f"{path} is cut short or damaged", "copy or write the file again")
     names = frozenset(name for part in parts for name in part.globals)

@@ -17,6 +17,8 @@ DTYPES = {
     "ShortStorage": ("int16", 2), "CharStorage": ("int8", 1), "ByteStorage": ("uint8", 1), "BoolStorage": ("bool", 1),
 }  # fmt: skip
 """torch's names of storages: type and bytes of an entry."""
+WIDTHS = dict(DTYPES.values())
+"""Bytes of an entry by type."""
 
 _REBUILD = ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor")
 _NUMBERS = (
@@ -93,6 +95,11 @@ class Stored:
         if 0 in self.shape:
             return 0
         return 1 + self.offset + sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def fits(self) -> bool:
+        """Whether it lies in its storage and, however it is laid, is not larger than that."""
+        return max(math.prod(self.shape), self.reach) <= self.entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +262,7 @@ def _stored(kind: str, key: str, entries: int, offset: int, shape: Any, stride: 
     if not all(type(number) is int and number >= 0 for number in whole) or len(sizes) != len(stride):
         raise ValueError("a tensor's shape is none")
     found = Stored(dtype, tuple(sizes), tuple(stride), offset, key, entries)
-    if max(math.prod(found.shape), found.reach) > entries:
+    if not found.fits:
         raise ValueError(f"a tensor of shape {found.shape} in a storage of {entries} entries"[:100])
     return found
 

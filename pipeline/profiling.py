@@ -37,8 +37,8 @@ def profiled(
     arch: Architecture | None,
     teacher: Artifact | None,
     folder: Path,
-) -> list[Phase]:
-    """The phases of one of the stage's steps, behind two that warm up; the longest first.
+) -> tuple[list[Phase], Artifact]:
+    """The phases of one of the stage's steps, behind two that warm up, the longest first; and what these steps made.
 
     Into ``folder``: ``trace.json``, for Perfetto or chrome://tracing, and ``table.txt``: the operators that cost most.
     A GPU works behind the CPU: there a phase is the time to hand the work over, and the operators tell the rest.
@@ -49,7 +49,7 @@ def profiled(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     gpu = bench.device.type == "cuda"
     watch = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])])
-    trial(bench, stage, source, arch, teacher, [None, None, watch])
+    made = trial(bench, stage, source, arch, teacher, [None, None, watch]).made
     folder.mkdir(parents=True, exist_ok=True)
     watch.export_chrome_trace(str(folder / "trace.json"))
     events = watch.key_averages()
@@ -60,4 +60,4 @@ def profiled(
         for event in events
         if event.key.startswith(PREFIX)
     ]
-    return sorted(phases, key=lambda phase: -phase.seconds)
+    return sorted(phases, key=lambda phase: -phase.seconds), made

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rprune.errors import InputError
+from rprune.errors import InputError, first_line
 from rprune.files import file_digest
 from rprune.models.normalize import Normalize
 from rprune.pipeline.exported import Exported
@@ -80,8 +80,7 @@ def _scripted(path: Path, trust: Trust | None) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)  # that torch.export is the future
             net: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:  # the interpreter's errors share no base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"cannot load {path}: {reason}", "save it with this version of torch") from None
+        raise InputError(f"cannot load {path}: {first_line(error)}", "save it with this version of torch") from None
     return net
 
 

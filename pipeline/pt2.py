@@ -14,7 +14,7 @@ from typing import Any
 
 from rprune.errors import InputError
 from rprune.pipeline.intake import member, opened, top
-from rprune.pipeline.pickles import Stored
+from rprune.pipeline.pickles import WIDTHS, Stored
 
 SCALARS = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 12: "bool",
@@ -72,16 +72,10 @@ def _stored(archive: zipfile.ZipFile, path: Path, folder: str, name: str, entry:
         sizes, strides = ([_int(n) for n in meta[field]] for field in ("sizes", "strides"))
         held = archive.getinfo(key).file_size
         kind = SCALARS[meta["dtype"]]
-        entries = held // {"float64": 8, "int64": 8, "float32": 4, "int32": 4}.get(kind, 1 if "8" in kind else 2)
-        if kind == "bool":
-            entries = held
-        found = Stored(kind, tuple(sizes), tuple(strides), _int(meta["storage_offset"]), key, entries)
+        found = Stored(kind, tuple(sizes), tuple(strides), _int(meta["storage_offset"]), key, held // WIDTHS[kind])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {name!r:.80} is no tensor of it: {error!r:.80}", HINT) from None
-    total = 1
-    for side in found.shape:
-        total *= side
-    if len(sizes) != len(strides) or max(total, found.reach) > found.entries:
+    if len(sizes) != len(strides) or not found.fits:
         raise InputError(f"{path}: {name!r:.80} is larger than what is stored", HINT)
     return found
 

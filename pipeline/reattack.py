@@ -28,6 +28,7 @@ from rprune.pipeline.single import Request
 from rprune.pipeline.targets import CPU
 from rprune.reports.evidence import read_samples
 from rprune.reports.schema import Claim, Report, read_report
+from rprune.reports.text import main_role
 
 Outcome = tuple[bool, str]
 NOISY, DRAWS = 20, 1000  # samples of smoothing, and draws of each
@@ -59,7 +60,7 @@ class Reattack:
 
     @cached_property
     def role(self) -> str:
-        return "onnx-int8" if self.report.subject("onnx-int8") else "onnx"
+        return main_role(self.report)
 
     @cached_property
     def opened(self) -> Opened:

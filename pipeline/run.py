@@ -118,21 +118,20 @@ class Runner:
             parent = key
         return rows
 
-    def costs(self) -> list[tuple[str, Cost]]:
+    def costs(self) -> list[Cost]:
         """What every stage will take, done already or not."""
-        found: list[tuple[str, Cost]] = []
+        found: list[Cost] = []
         artifact = dense = self.start
         for stage in self.recipe.stage:
             spent, artifact = cost(self.bench, stage, artifact, self.arch, self._taught_by(stage, dense))
             dense = artifact if stage.kind == "train" else dense
-            found.append((stage.kind, spent))
+            found.append(spent)
         return found
 
-    def fitted(self, costs: Sequence[tuple[str, Cost]]) -> list[int]:
+    def fitted(self, costs: Sequence[Cost]) -> list[int]:
         """Epochs of every stage, were the run to begin now, within its budget."""
         assert self.anytime is not None
-        epochs = [epochs_of(stage) for stage in self.recipe.stage]
-        return fitted([cost for _, cost in costs], epochs, self.anytime.seconds)
+        return fitted(costs, [epochs_of(stage) for stage in self.recipe.stage], self.anytime.seconds)
 
     def profiles(self, folder: Path) -> Iterator[tuple[Path, list[Phase]]]:
         """One step of every stage that trains, as :func:`profiled` has it, each in a folder of its own."""
@@ -140,13 +139,11 @@ class Runner:
         for number, stage in enumerate(self.recipe.stage, 1):
             teacher, place = self._taught_by(stage, dense), folder / self._folder(number, stage).name
             if epochs_of(stage):
-                yield place, profiled(self.bench, stage, artifact, self.arch, teacher, place)
-            if not isinstance(stage, CertifyStage | ExportStage):
+                phases, artifact = profiled(self.bench, stage, artifact, self.arch, teacher, place)
+                yield place, phases
+            elif not isinstance(stage, CertifyStage | ExportStage):
                 artifact = trial(self.bench, stage, artifact, self.arch, teacher, [None]).made
             dense = artifact if stage.kind == "train" else dense
-
-    def _costs(self) -> list[Cost]:
-        return [cost for _, cost in self.costs()]
 
     def run(
         self,
@@ -172,7 +169,7 @@ class Runner:
         parent = self._first_key
         for number in range(1, len(self.stages) + 1):
             if self.anytime is not None:
-                self.stages[number - 1] = self.anytime.decide(number - 1, self._costs)
+                self.stages[number - 1] = self.anytime.decide(number - 1, self.costs)
             stage = self.stages[number - 1]
             epochs, asked = epochs_of(stage), epochs_of(self.recipe.stage[number - 1])
             if epochs < asked:

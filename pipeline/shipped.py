@@ -12,7 +12,7 @@ from torch import fx
 
 from rprune.attacks.suites import with_transfer
 from rprune.data.loaders import loader
-from rprune.errors import InputError, UsageError
+from rprune.errors import InputError, UsageError, first_line
 from rprune.evaluation.robustness import chosen, robustness
 from rprune.evaluation.target import Target
 from rprune.export.c.origin import need_origin
@@ -151,8 +151,9 @@ def _check_fits(path: Path, target: Target, bench: Bench) -> None:
     try:
         classes = target.logits(batch.x).shape[1]
     except Exception as error:  # ONNX Runtime's errors share no base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"{path} does not take images of {data.shape}: {reason}", "give the matching --data") from None
+        raise InputError(
+            f"{path} does not take images of {data.shape}: {first_line(error)}", "give the matching --data"
+        ) from None
     if classes != len(data.classes):
         raise InputError(
             f"{path} has {classes} classes, {data.source} has {len(data.classes)}", "give the matching --data"

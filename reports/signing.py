@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from rprune.errors import InputError, UsageError
+from rprune.errors import InputError, UsageError, first_line
 
 SIGNATURE = "model.sig"
 
@@ -30,7 +30,7 @@ def sign(folder: Path, key: Path, password: str | None = None) -> Path:
         config = signing.Config().use_elliptic_key_signer(private_key=_readable(key), password=secret)
         config.set_hashing_config(_hashing(path)).sign(folder, temporary)
     except (ValueError, TypeError) as error:
-        raise InputError(f"cannot sign with {key}: {_line(error)}", "give an elliptic-curve key in PEM") from None
+        raise InputError(f"cannot sign with {key}: {first_line(error)}", "give an elliptic-curve key in PEM") from None
     temporary.replace(path)
     return path
 
@@ -48,11 +48,11 @@ def check_signature(folder: Path, key: Path) -> tuple[bool, str]:
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=_readable(key))
     except ValueError as error:
-        raise InputError(f"cannot read {key}: {_line(error)}", "give a public elliptic-curve key in PEM") from None
+        raise InputError(f"cannot read {key}: {first_line(error)}", "give a public elliptic-curve key in PEM") from None
     try:
         config.set_hashing_config(_hashing(path)).verify(folder, path)
     except Exception as error:  # whatever a stranger's signature can cause
-        return False, f"{SIGNATURE}: {_line(error).partition(': Expected')[0]}"
+        return False, f"{SIGNATURE}: {first_line(error).partition(': Expected')[0]}"
     return True, f"all files are signed by the key of {key.name}"
 
 
@@ -72,7 +72,3 @@ def _readable(key: Path) -> Path:
     if not key.is_file():
         raise InputError(f"there is no key {key}", "make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY")
     return key
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -62,11 +62,8 @@ def test_what_is_installed_is_what_the_project_asks_for():
 @pytest.fixture
 def action(load_helper, tmp_path):
     """``action(**inputs)``: the gate step; exit code, stdout, and its outputs."""
-    helper = load_helper("reports/paired_reports.py")
     sample = load_helper("reports/sample_report.py").sample_report
-    clean, robust = helper.counts(4, 1, 150), helper.counts(20, 0, 80)
-    for i, name in enumerate(("main", "branch")):
-        helper.write_bundle(tmp_path / name, sample, clean[i], robust[i])
+    load_helper("reports/paired_reports.py").write_pair(tmp_path, sample)
     outputs, summary = tmp_path / "outputs", tmp_path / "summary"
 
     def run(**given: str):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rprune.errors import WorkError
+from rprune.errors import WorkError, first_line
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise WorkError(
-            f"another process of this run has ended ({reason})",
+            f"another process of this run has ended ({first_line(error)})",
             "its own message says why; the same command goes on from the last epoch",
         ) from None

@@ -96,12 +96,17 @@ def compiler() -> list[str]:
     raise WorkError("there is no C compiler", "install gcc or clang, set CC, or: pip install 'rprune[zig]'")
 
 
+def cache_folder() -> Path:
+    """Of compiled C."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rprune"
+
+
 def compiled(path: Path, header: str, flags: tuple[str, ...]) -> Path:
     """The shared library of a source, from the cache where it is there."""
     source = read_source(path)
     command = compiler()
     key = hashlib.sha256("\0".join([source, header, BATCH, *command, *flags, _processor()]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rprune"
+    folder = cache_folder()
     target = folder / f"{key}.so"
     if target.is_file():
         return target

@@ -15,12 +15,9 @@ BASELINE = ("--max-drop", "clean_accuracy=0.06", "--baseline")
 
 @pytest.fixture
 def bundles(load_helper, tmp_path):
-    """Two bundles: clean accuracy loses 4 of 200 and gains 1, robust accuracy loses 20."""
-    helper = load_helper("reports/paired_reports.py")
+    """The pair of bundles, and policies."""
     sample = load_helper("reports/sample_report.py").sample_report
-    clean, robust = helper.counts(4, 1, 150), helper.counts(20, 0, 80)
-    for i, name in enumerate(("main", "branch")):
-        helper.write_bundle(tmp_path / name, sample, clean[i], robust[i])
+    load_helper("reports/paired_reports.py").write_pair(tmp_path, sample)
     (tmp_path / "gate.toml").write_text(
         '[[gate]]\nmetric = "sparsity"\nvalue = 0.9\n\n[[gate]]\nmetric = "robust_accuracy"\nmax_drop = 0.02\n'
     )

@@ -123,7 +123,7 @@ def test_a_run_says_what_it_ran(tmp_path: Path, monkeypatch) -> None:
     def runner() -> Runner:
         return Runner(recipe, tmp_path, tmp_path / "out", Silent(), "cpu", 1e6)
 
-    costs = [("train", priced(8e6)), ("prune", priced(12e6)), ("export", priced(9e9, at_most=True))]
+    costs = [priced(8e6), priced(12e6), priced(9e9, at_most=True)]
     monkeypatch.setattr(Runner, "costs", lambda self: costs)
     assert runner().fitted(costs) == [1, 1, 0]
     monkeypatch.setattr(anytime_module, "LEAST", 6.0)  # of 20, later of 12

@@ -13,10 +13,11 @@ from rprune.errors import UsageError
 from rprune.models.cost import layer_costs
 from rprune.models.graph import trace
 from rprune.models.registry import Architecture
-from rprune.pipeline.bench import Bench
+from rprune.pipeline.bench import Bench, Silent
 from rprune.pipeline.cost import cost
 from rprune.pipeline.profiling import profiled
 from rprune.pipeline.recipe import (
+    RECIPES,
     CertifyStage,
     DataSection,
     ExportStage,
@@ -24,7 +25,10 @@ from rprune.pipeline.recipe import (
     PruneStage,
     QuantizeStage,
     TrainStage,
+    read_recipe,
 )
+from rprune.pipeline.run import Runner
+from rprune.pipeline.trial import trial
 
 ARCH = Architecture("cnn-small", 10, (1, 8, 8))
 
@@ -111,7 +115,7 @@ def test_certificates_cost_at_most_all_draws_and_bounds(bench, layers) -> None:
 def test_a_profile_names_the_phases(bench, tmp_path) -> None:
     _, dense = cost(bench, TrainStage(objective="benign", epochs=1), None, ARCH)
     stage = PruneStage(sparsity=0.5, method="harp", objective={"name": "pgd-at", "attack": {"steps": 2}})
-    phases = profiled(bench, stage, dense, None, None, tmp_path / "p")
+    phases, _ = profiled(bench, stage, dense, None, None, tmp_path / "p")
     names = {phase.name for phase in phases}
     assert names >= {"attack", "loss", "backward", "optimizer", "gradients of what is learned", "folding"}
     assert all(phase.calls == 1 and phase.seconds > 0 for phase in phases)
@@ -121,3 +125,19 @@ def test_a_profile_names_the_phases(bench, tmp_path) -> None:
     assert "aten::convolution_backward" in (tmp_path / "p" / "table.txt").read_text()
     with pytest.raises(UsageError, match="does not train"):
         profiled(bench, QuantizeStage(), dense, None, None, tmp_path / "q")
+
+
+def test_profiles_of_a_recipe_try_every_stage_once(tmp_path, monkeypatch) -> None:
+    tried = []
+
+    def counted(bench, stage, *others):
+        tried.append(stage.kind)
+        return trial(bench, stage, *others)
+
+    monkeypatch.setattr("rprune.pipeline.run.trial", counted)
+    monkeypatch.setattr("rprune.pipeline.profiling.trial", counted)
+    runner = Runner(read_recipe(RECIPES / "digits.toml", ["smoke=true"]), RECIPES, tmp_path / "out", Silent(), "cpu")
+    found = dict(runner.profiles(tmp_path / "p"))
+    assert [folder.name for folder in found] == ["01-train", "02-prune", "03-finetune"]
+    assert all(phases and (folder / "trace.json").is_file() for folder, phases in found.items())
+    assert tried == ["train", "prune", "finetune", "quantize"]

@@ -65,3 +65,10 @@ def counts(lost: int, gained: int, right: int) -> tuple[list[bool], list[bool]]:
     before = [True] * (right + lost) + [False] * (N - right - lost)
     after = [True] * right + [False] * lost + [True] * gained + [False] * (N - right - lost - gained)
     return before, after
+
+
+def write_pair(folder: Path, sample_report: Any) -> None:
+    """Bundles ``main`` and ``branch``: clean accuracy loses 4 of 200 and gains 1, robust accuracy loses 20."""
+    clean, robust = counts(4, 1, 150), counts(20, 0, 80)
+    for i, name in enumerate(("main", "branch")):
+        write_bundle(folder / name, sample_report, clean[i], robust[i])

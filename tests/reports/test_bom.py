@@ -9,16 +9,6 @@ from rprune.files import readable_json
 from rprune.reports.bom import bom
 
 
-@pytest.fixture(scope="module")
-def sample(load_helper):
-    return load_helper("reports/sample_report.py").sample_report
-
-
-@pytest.fixture(scope="module")
-def hostile(load_helper):
-    return load_helper("reports/hostile.py")
-
-
 def model(report):
     return bom(report)["components"][0]
 

@@ -5,16 +5,6 @@ import pytest
 from rprune.reports.card import metadata, render_card, yaml
 
 
-@pytest.fixture(scope="module")
-def sample(load_helper):
-    return load_helper("reports/sample_report.py").sample_report
-
-
-@pytest.fixture(scope="module")
-def hostile(load_helper):
-    return load_helper("reports/hostile.py")
-
-
 def front(card):
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
     return head, body

@@ -15,22 +15,6 @@ from rprune.reports.schema import Latency, Report, Threat
 from rprune.threat import ThreatModel
 
 
-@pytest.fixture(scope="session")
-def helper(load_helper):
-    return load_helper("reports/paired_reports.py")
-
-
-@pytest.fixture
-def write(helper, load_helper, tmp_path):
-    sample_report = load_helper("reports/sample_report.py").sample_report
-
-    def make(name, *shares, **more):
-        helper.write_bundle(tmp_path / name, sample_report, *shares, **more)
-        return tmp_path / name
-
-    return make
-
-
 @pytest.fixture
 def two(write, helper):
     """Clean: 5 lost, 6 gained. Robust: 16 lost, 2 gained."""

@@ -10,11 +10,6 @@ from rprune.reports.renderings import RENDERINGS
 from rprune.reports.schema import Report
 
 
-@pytest.fixture(scope="module")
-def sample(load_helper):
-    return load_helper("reports/sample_report.py").sample_report
-
-
 def test_report_is_the_predicate_and_the_files_are_its_subjects(sample):
     report = sample(None)
     [statement] = statements(report)

@@ -13,16 +13,6 @@ from rprune.reports.markdown import escape, render_markdown, table
 MARKUP = ("link_open", "image", "em_open", "strong_open", "s_open", "code_inline", "html_block", "hr")
 
 
-@pytest.fixture(scope="module")
-def sample(load_helper):
-    return load_helper("reports/sample_report.py").sample_report
-
-
-@pytest.fixture(scope="module")
-def hostile(load_helper):
-    return load_helper("reports/hostile.py")
-
-
 def parsed(text):
     """Tokens, those inside of lines among them."""
     tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)

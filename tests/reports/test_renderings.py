@@ -6,11 +6,6 @@ from rprune.errors import IntegrityError
 from rprune.reports.renderings import RENDERINGS, rendered
 
 
-@pytest.fixture(scope="module")
-def sample(load_helper):
-    return load_helper("reports/sample_report.py").sample_report
-
-
 @pytest.mark.parametrize("name", RENDERINGS)
 def test_same_report_gives_the_same_bytes(sample, name):
     assert rendered(sample(), name) == rendered(sample(), name)

@@ -5,11 +5,6 @@ import pytest
 from rprune.reports.robustbench import robustbench
 
 
-@pytest.fixture(scope="module")
-def sample(load_helper):
-    return load_helper("reports/sample_report.py").sample_report
-
-
 def with_suite(report, suite):
     claims = [c.model_copy(update={"method": suite}) if c.metric == "robust_accuracy" else c for c in report.claims]
     return report.model_copy(update={"claims": claims})
