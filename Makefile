@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/digits
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs reproduce-cpu clean
 
 # A Python that is too old fails here with a reason, not later without one.
 $(VENV)/.made:
@@ -41,6 +41,10 @@ check: $(VENV)/.dev  ## lint, types, floors, docs
 docs: $(VENV)/.dev  ## write the generated documentation
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m pytest -q tests/cli/test_bad_input.py -k page_of_errors --update-docs
+
+reproduce-cpu: $(VENV)/.core  ## the papers' order on two cores: make reproduce-cpu DATA=npz:FILE
+	@test -n "$(DATA)" || { echo "error: say where CIFAR-10 lies: make reproduce-cpu DATA=npz:FILE, or cifar10:DIR"; exit 2; }
+	$(BIN)/python benchmarks/reproduce/run.py cpu --data $(DATA) --plot docs/reproduce_cpu.svg
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -29,8 +29,9 @@ def measure(seeds: tuple[int, ...]) -> dict[str, Any]:
     from rprune.pipeline.bench import Bench, architecture
     from rprune.pipeline.environment import environment
     from rprune.pipeline.recipe import DataSection, FinetuneStage, ModelSection, PruneStage, TrainStage
-    from rprune.pipeline.single import measure as evaluate
+    from rprune.pipeline.shipped import measure as evaluate
     from rprune.pipeline.stages import finetune, prune, train
+    from rprune.pipeline.targets import of_artifact
 
     stages = {
         "train": TrainStage(epochs=60),
@@ -43,7 +44,12 @@ def measure(seeds: tuple[int, ...]) -> dict[str, Any]:
         bench = Bench.open(DataSection(source="digits"), None, seed, "cpu")
         dense = train(bench, architecture(ModelSection(arch="cnn-small"), bench.data), stages["train"])
         rows.append(
-            {"seed": seed, "method": "dense", "sparsity": 0.0, **counts(evaluate(bench, dense, "test", SUITE, None))}
+            {
+                "seed": seed,
+                "method": "dense",
+                "sparsity": 0.0,
+                **counts(evaluate(bench, of_artifact(dense, bench.device), "test", SUITE, None)),
+            }
         )
         for method in METHODS:
             for sparsity in SPARSITIES:
@@ -52,7 +58,7 @@ def measure(seeds: tuple[int, ...]) -> dict[str, Any]:
                 )
                 pruned = prune(bench, dense, stage)
                 tuned = finetune(bench, pruned, stages["finetune"])
-                found = counts(evaluate(bench, tuned, "test", SUITE, None))
+                found = counts(evaluate(bench, of_artifact(tuned, bench.device), "test", SUITE, None))
                 kept = pruned.metadata.budget
                 rows.append({"seed": seed, "method": method, "sparsity": sparsity, "kept": kept, **found})
                 print(rows[-1], flush=True)

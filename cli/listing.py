@@ -11,7 +11,18 @@ from rprune.cli import options as o
 from rprune.cli.console import print_json, print_table
 from rprune.errors import unknown_name
 
-KINDS = ("methods", "objectives", "attacks", "suites", "allocators", "architectures", "data", "schedules", "recipes")
+KINDS = (
+    "methods",
+    "objectives",
+    "attacks",
+    "suites",
+    "allocators",
+    "architectures",
+    "data",
+    "schedules",
+    "recipes",
+    "zoo",
+)
 
 FACTS = ("paper", "structures", "learns", "cost", "epochs", "lr", "paper_settings")
 """Class variables of methods and objectives that are listed too, where there are any."""
@@ -20,6 +31,7 @@ COLUMNS = {
     "objectives": ("name", "what", "paper", "cost"),
     "allocators": ("name", "what", "paper"),
     "suites": ("name", "what", "attacks"),
+    "zoo": ("name", "what", "threat", "sparsity", "bytes", "clean", "robust"),
 }
 
 
@@ -29,7 +41,7 @@ def list_(
     ] = "methods",
     as_json: o.Json = False,
 ) -> None:
-    """Methods, objectives, attacks, architectures and data sources that this installation knows."""
+    """Methods, objectives, attacks, architectures and data that this installation knows; nets with checked claims."""
     if kind not in KINDS:
         raise unknown_name("list", kind, KINDS)
     rows = known(kind)
@@ -57,6 +69,8 @@ def known(kind: str) -> list[dict[str, Any]]:
             {"name": name, "what": path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")}
             for name, path in shipped_recipes().items()
         ]
+    if kind == "zoo":
+        return zoo()
     if kind == "data":
         from rprune.data.sources import ABOUT
         from rprune.data.sources import KINDS as SOURCES
@@ -98,6 +112,19 @@ def known(kind: str) -> list[dict[str, Any]]:
         row = {"name": name, "what": _source(_first_line(cls))[0], "options": options}
         row["class"] = f"{cls.__module__}.{cls.__name__}"
         rows.append(row | {key: _plain(getattr(cls, key)) for key in FACTS if hasattr(cls, key)})
+    return rows
+
+
+def zoo() -> list[dict[str, Any]]:
+    """Nets of the repository with what their reports claim; ``folder`` is a place in it."""
+    import tomllib
+    from importlib.resources import files
+
+    table = tomllib.loads((files("rprune") / "model_zoo.toml").read_text(encoding="utf-8"))
+    rows = []
+    for name, entry in table.items():
+        shares = {m.partition("_")[0]: f"{100 * right / n:.1f} %" for m, (right, n) in entry["claims"].items()}
+        rows.append({"name": name} | entry | shares)
     return rows
 
 

@@ -120,20 +120,32 @@ def _about(field: dict[str, Any]) -> str:
 
 
 def filled(file: str) -> str:
-    """A file with each block between ``<!-- table: NAME -->`` and ``<!-- end -->`` made from its benchmark's result."""
+    """A file with each block between ``<!-- table: NAME -->`` and ``<!-- end -->`` made from its benchmark's result.
+
+    ``reproduce/TRACK`` is a track of the reproduction; a second word names another function than ``table``.
+    """
     text = (ROOT / file).read_text(encoding="utf-8")
 
     def fill(match: re.Match[str]) -> str:
-        name = match[1]
-        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        benchmark = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(benchmark)
-        table = benchmark.table(json.loads(benchmark.RESULT.read_text(encoding="utf-8")))
-        return f"<!-- table: {name} -->\n{table}\n<!-- end -->"
+        folder, _, name = match[1].rpartition("/")
+        module = _benchmark(f"{folder}/tables" if folder else name)
+        result = ROOT / "benchmarks" / "results" / f"{match[1].replace('/', '_')}.json"
+        if folder and not result.exists():  # a track that wants a GPU
+            table = "Not run yet."
+        else:
+            table = getattr(module, match[2] or "table")(json.loads(result.read_text(encoding="utf-8")))
+        return f"<!-- table: {' '.join(filter(None, match.groups()))} -->\n{table}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (\S+)(?: (\w+))? -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def _benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def main() -> None:
@@ -143,7 +155,7 @@ def main() -> None:
         ROOT / "docs" / "report.md": report_fields(),
         **{
             ROOT / "docs" / f"{name}.md": filled(f"docs/{name}.md")
-            for name in ("performance", "reliability", "scaling")
+            for name in ("performance", "reliability", "results", "scaling")
         },
         ROOT / "README.md": filled("README.md"),
     }

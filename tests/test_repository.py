@@ -50,6 +50,7 @@ def test_the_wheel_holds_every_module_and_recipe(tmp_path):
     wanted |= {f"rprune/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").glob("*.toml")}
     wanted |= {
         "rprune/py.typed",
+        "rprune/model_zoo.toml",
         "rprune/reports/report.html.j2",
         "rprune/export/c/kernels.c",
         "rprune/models/fingerprints.json",

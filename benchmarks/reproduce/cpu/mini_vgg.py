@@ -1,14 +1,14 @@
-"""A small VGG for 16x16 images: 294,320 conv and linear weights."""
+"""A small VGG for 16x16 images: 809,392 conv and linear weights, most of them, as in VGG16, in the last layers."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-WIDTHS = (16, 16, 0, 32, 32, 0, 64, 64, 0, 128, 128, 0)  # 0 is a max-pool
+WIDTHS = (16, 0, 32, 32, 0, 64, 64, 0, 256, 256, 0)  # 0 is a max-pool
 
 
 class MiniVGG(nn.Module):
-    """Eight 3x3 convolutions with batch norm, and one linear layer."""
+    """Seven 3x3 convolutions with batch norm, and one linear layer."""
 
     def __init__(self, num_classes: int, input_shape: tuple[int, int, int]) -> None:
         super().__init__()

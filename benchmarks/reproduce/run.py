@@ -1,0 +1,189 @@
+"""The papers' tables, made again: recipes of a track along its axes, within a time, resumed by the same command.
+
+    python benchmarks/reproduce/run.py cpu --data npz:cifar10.npz             # about two hours on two cores
+    python benchmarks/reproduce/run.py paper --data npz:cifar10.npz --only 'HARP-ResNet-18-PGD_AT' --budget 9m
+
+Tracks are the folders beside this file, or one of yours: recipes, and track.toml with what is made of them. Rows that
+share their dense start train it once. Each row runs in a process of its own; what it found is written down when it is
+whole, and what was interrupted goes on after its last epoch or attack batch. ``--shorten 0.1`` trains for a tenth of
+the epochs, as the result file then says; ``--table`` prints what the committed one holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tables
+from track import HERE, Row, Track, dense_of, make_dense, make_row
+
+RESULTS = HERE.parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("track", help="cpu, paper, ours, or a folder of your own")
+    parser.add_argument("--table", action="store_true", help="print the table of the committed result file, and stop")
+    parser.add_argument("--data", help="CIFAR-10: npz:FILE or cifar10:DIR")
+    parser.add_argument("--work", type=Path, help="where stages and finished rows lie; default: runs/reproduce-TRACK")
+    parser.add_argument("--budget", help="stop after this time, for example 9m; the same command goes on")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at once, each on one thread; 1 on a GPU")
+    parser.add_argument("--only", default="", help="rows whose names match this regular expression")
+    parser.add_argument("--shorten", type=float, default=1.0, help="train for this share of the recipes' epochs")
+    parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/reproduce_TRACK.json")
+    parser.add_argument("--plot", type=Path, help="draw accuracy against sparsity into this file, too")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # what a process of its own does
+    options = parser.parse_args()
+    name = Path(options.track).name
+    output = options.output or RESULTS / f"reproduce_{name}.json"
+    whole = True
+    if not options.table:
+        if options.data is None:
+            parser.error("say where CIFAR-10 lies: --data npz:FILE or cifar10:DIR")
+        options.work = options.work or Path("runs") / f"reproduce-{name}"
+        track = Track.read(options.track, options.shorten)
+        if options.row is not None:
+            try:
+                work_on(track, options)
+            except KeyboardInterrupt:
+                sys.exit(130)
+            return
+        whole = everything(track, options)
+        output.write_text(json.dumps(collected(track, options), indent=1) + "\n", encoding="utf-8")
+    result = json.loads(output.read_text(encoding="utf-8"))
+    print(tables.table(result))
+    if options.plot is not None:
+        tables.plot(result, options.plot)
+    if not whole:
+        print("The time is up; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+
+
+def chosen(track: Track, options: argparse.Namespace) -> list[Row]:
+    return [row for row in track.rows() if re.search(options.only, row.name)]
+
+
+def everything(track: Track, options: argparse.Namespace) -> bool:
+    """Run every row that has no result yet; False where the time was up before."""
+    from rprune.cli.options import seconds
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    source = subset(track, options.data, options.work)
+    deadline = time.monotonic() + (seconds(options.budget) if options.budget else float("inf"))
+    rows = chosen(track, options)
+    starts = dict.fromkeys(f"dense/{dense_of(track, row, source)[0]}" for row in rows)
+    for tasks in (list(starts), [f"rows/{row.name}" for row in rows]):
+        left = [name for name in tasks if not result_of(options.work, name).exists()]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            done = list(pool.map(lambda name: in_process(name, options, deadline), left))
+        if not all(done):
+            return False
+    return True
+
+
+def in_process(name: str, options: argparse.Namespace, deadline: float) -> bool:
+    """One row in a process, ended when the time is up; False then. Raises SystemExit where it fails."""
+    if time.monotonic() > deadline:
+        return False
+    command = [sys.executable, __file__, options.track, "--row", name, "--data", options.data]
+    command += ["--work", str(options.work), "--device", options.device, "--shorten", str(options.shorten)]
+    log = options.work / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | threads)
+        timer = threading.Timer(min(deadline - time.monotonic(), 1e6), process.terminate)
+        timer.start()
+        code = process.wait()
+        timer.cancel()
+    if code and time.monotonic() < deadline:
+        raise SystemExit(f"{name} failed with {code}; see {log}")
+    print(f"{name}: {'done' if not code else 'to be continued'}", flush=True)
+    return not code
+
+
+def work_on(track: Track, options: argparse.Namespace) -> None:
+    """What a process does: one row, or the dense start of some."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    import torch
+
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    source = subset(track, options.data, options.work)
+    kind, _, name = options.row.partition("/")
+    if kind == "dense":
+        row = next(row for row in track.rows() if name == dense_of(track, row, source)[0])
+        found = make_dense(track, row, source, options.work, options.device)
+    else:
+        row = next(row for row in track.rows() if name == row.name)
+        found = make_row(track, row, source, options.work, options.device)
+    result = result_of(options.work, options.row)
+    partial = result.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    partial.replace(result)
+
+
+def result_of(work: Path, name: str) -> Path:
+    return work / f"{name}.json"
+
+
+def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
+    """The result file: every row that is finished, the names of others, and what they were made with."""
+    from rprune.pipeline.environment import environment
+
+    source = subset(track, options.data, options.work)
+    rows = chosen(track, options)
+    starts = dict.fromkeys(f"dense/{dense_of(track, row, source)[0]}" for row in rows)
+    results = {name: result_of(options.work, name) for name in [*starts, *(f"rows/{row.name}" for row in rows)]}
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in results.values() if path.exists()]
+    more = f" --only {shlex.quote(options.only)}" if options.only else ""
+    more += f" --shorten {options.shorten:g}" if options.shorten != 1 else ""
+    return {
+        "command": f"python benchmarks/reproduce/run.py {options.track} --data npz:cifar10.npz{more}",
+        "track": track.table,
+        "share_of_epochs": track.share,
+        "environment": environment(options.device),
+        "process_seconds": sum(row["seconds"] for row in found),
+        "rows": found,
+        "unfinished": [name for name, path in results.items() if not path.exists()],
+    }
+
+
+def subset(track: Track, source: str, work: Path) -> str:
+    """The data that the track takes: all, or the first images of each split, averaged to fewer pixels."""
+    wanted = track.table.get("subset")
+    if wanted is None:
+        return source
+    path = work / "subset.npz"
+    if not path.exists():
+        import numpy as np
+
+        from rprune.data.sources import load_data
+
+        data = load_data(source, validation=1e-4)
+        arrays = {}
+        for name in ("train", "test"):
+            split, count, side = data.split(name), wanted[name], wanted["side"]
+            images = split.pixels(0, count).astype(np.float32)
+            block = images.shape[-1] // side
+            pooled = images.reshape(*images.shape[:2], side, block, side, block).mean((3, 5))
+            arrays[f"{name}_images"] = pooled.round().astype(np.uint8).transpose(0, 2, 3, 1)
+            arrays[f"{name}_labels"] = split.labels[:count]
+        np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+if __name__ == "__main__":
+    main()

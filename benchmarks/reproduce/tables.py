@@ -1,0 +1,185 @@
+"""Results of a track as Markdown, beside published figures, and as a plot of accuracy against sparsity."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rprune.evaluation.statistics import clopper_pearson
+
+HERE = Path(__file__).parent
+CLEAN, DENSE = "clean", "dense"
+LABELS = {
+    CLEAN: "clean",
+    "pgd10": "PGD-10",
+    "pgd20": "PGD-20",
+    "cw20-harp": "C&W-20",
+    "apgd50x5": "APGD 50x5",
+    "aa-lite": "AA-lite",
+    "aa-standard": "AA",
+    "aa-quant": "AA, 8-bit",
+}
+METRICS = {"nat": "clean", "pgd10": "PGD-10", "cw": "C&W", "apgd": "APGD", "aa": "AA", "square": "Square"}  # published
+
+
+class Results:
+    """Rows of a result file, by what they have in common but for the seed."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.track = result["track"]
+        self.axes = list(self.track["axis"])
+        self.groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in result["rows"]:
+            key = (row["method"], *(row.get(axis, "") for axis in self.axes))
+            self.groups.setdefault(key, []).append(row)
+        self.columns = {form: [CLEAN, *suites] for form, suites in self.track["suites"].items()}
+
+    def counts(self, key: tuple[str, ...], form: str, column: str) -> list[tuple[int, int]]:
+        """(right, n) of every seed; clean ones are those of the suite with the most images."""
+        found = [row["counts"][form] for row in self.groups.get(key, []) if form in row["counts"]]
+        if column == CLEAN:
+            return [(best["clean"], best["n"]) for best in (max(f.values(), key=lambda c: c["n"]) for f in found)]
+        return [(f[column]["robust"], f[column]["n"]) for f in found]
+
+    def mean(self, key: tuple[str, ...], form: str, column: str) -> float | None:
+        """Mean over seeds, in percent."""
+        shares = [100 * right / n for right, n in self.counts(key, form, column)]
+        return statistics.mean(shares) if shares else None
+
+    def cell(self, key: tuple[str, ...], form: str, column: str) -> str:
+        """Mean over seeds, and the 95 % interval of one with as many images (seeds share them)."""
+        counts, mean = self.counts(key, form, column), self.mean(key, form, column)
+        if mean is None:
+            return "–"
+        n = counts[0][1]
+        low, high = clopper_pearson(round(mean / 100 * n), n)
+        return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    def published(self, key: tuple[str, ...], column: str) -> float | None:
+        """What the track's source reports at this place."""
+        names = self.track.get("published")
+        if names is None:
+            return None
+        method = names["methods"].get(key[0], key[0])
+        places = dict(zip(self.axes, key[1:], strict=True))
+        sparsity = f"{100 * float(places['sparsity']):g}" if places["sparsity"] else "0"
+        wanted = {
+            "arch": names["arch"].get(places.get("net", ""), names["arch"].get("", "")),
+            "adv_training": names["training"].get(places.get("training", ""), names["training"].get("", "")),
+            "method": method,
+            "sparsity": sparsity,
+            "metric": names["metrics"].get(column, ""),
+        }
+        with (HERE / "published.csv").open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["source"].startswith(names["source"]) and all(row[k] == v for k, v in wanted.items()):
+                    return float(row["value"])
+        return None
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every row with intervals, beside what is published, and the difference where the setting is the paper's."""
+    found = Results(result)
+    lines = []
+    for form, columns in found.columns.items():
+        heads = [*found.axes, "method", *(LABELS.get(c, c) for c in columns)]
+        known = [c for c in columns if any(found.published(key, c) is not None for key in found.groups)]
+        heads += [f"paper: {METRICS[found.track['published']['metrics'][c]]}" for c in known]
+        rows = []
+        for key in _in_order(found):
+            if all(found.mean(key, form, c) is None for c in columns):
+                continue
+            places = [place or "0" for place in key[1:]]
+            cells = [found.cell(key, form, c) for c in columns]
+            rows.append([*places, key[0], *cells, *(_beside(found, key, form, c) for c in known)])
+        if rows:
+            lines += [f"Form: {form}.", ""] if len(found.columns) > 1 else []
+            lines += _markdown(heads, rows)
+    return "\n".join(lines)
+
+
+def brief(result: dict[str, Any]) -> str:
+    """One line a method, one column a sparsity: means of all columns of the first form."""
+    found = Results(result)
+    form, columns = next(iter(found.columns.items()))
+    words = " / ".join(LABELS.get(c, c) for c in columns)
+
+    def cell(key: tuple[str, ...]) -> str:
+        means = [found.mean(key, form, c) for c in columns]
+        return " / ".join("–" if mean is None else f"{mean:.1f}" for mean in means)
+
+    others = [key[1:-1] for key in found.groups if key[0] != DENSE]
+    rows, sparsities = [], list(found.track["axis"]["sparsity"])
+    for place in dict.fromkeys(others):
+        for method in dict.fromkeys(key[0] for key in found.groups if key[0] != DENSE):
+            rows.append([*place, method, *(cell((method, *place, s)) for s in sparsities)])
+    dense = [key for key in found.groups if key[0] == DENSE]
+    starts = "; ".join(" ".join([*key[1:-1], cell(key)]) for key in dense)
+    heads = [*found.axes[:-1], "method", *(f"sparsity {s}" for s in sparsities)]
+    return "\n".join([f"{words}. Dense: {starts}.", "", *_markdown(heads, rows)])
+
+
+def _in_order(found: Results) -> Iterator[tuple[str, ...]]:
+    """Dense first, then by place, in each place by method."""
+    yield from (key for key in found.groups if key[0] == DENSE)
+    rest = [key for key in found.groups if key[0] != DENSE]
+    for place in dict.fromkeys(key[1:] for key in sorted(rest, key=lambda key: _rank(found, key))):
+        yield from (key for key in rest if key[1:] == place)
+
+
+def _rank(found: Results, key: tuple[str, ...]) -> list[int]:
+    return [list(found.track["axis"][axis]).index(place) for axis, place in zip(found.axes, key[1:], strict=True)]
+
+
+def _beside(found: Results, key: tuple[str, ...], form: str, column: str) -> str:
+    value, mean = found.published(key, column), found.mean(key, form, column)
+    if value is None or mean is None:
+        return "–"
+    return f"{value:.1f} ({mean - value:+.1f})" if found.track["published"].get("same_setting") else f"{value:.1f}"
+
+
+def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """One panel a column: accuracy in percent against sparsity, a line a method.
+
+    Bars reach from the lowest to the highest seed; sparsities stand at equal distances.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    found = Results(result)
+    form, columns = next(iter(found.columns.items()))
+    sparsities = list(found.track["axis"]["sparsity"])
+    figure, panels = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.8), layout="constrained")
+    for panel, column in zip(panels, columns, strict=True):
+        dense = found.mean((DENSE, *[""] * len(found.axes)), form, column)
+        if dense is not None:
+            panel.axhline(dense, color="0.5", linestyle=":", label="dense")
+        for index, method in enumerate(dict.fromkeys(key[0] for key in found.groups if key[0] != DENSE)):
+            places, values, low, high = [], [], [], []
+            for place, sparsity in enumerate(sparsities):
+                shares = [100 * right / n for right, n in found.counts((method, sparsity), form, column)]
+                if shares:
+                    mean = statistics.mean(shares)
+                    places.append(place + 0.04 * (index - 2.5))
+                    values.append(mean)
+                    low.append(mean - min(shares))
+                    high.append(max(shares) - mean)
+            panel.errorbar(places, values, yerr=[low, high], marker="osD^vP"[index % 6], capsize=2, label=method)
+        panel.set_xticks(range(len(sparsities)), sparsities)
+        panel.set(
+            title=LABELS.get(column, column), xlabel="sparsity", ylabel="accuracy, %" if panel is panels[0] else ""
+        )
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy, %")
+    panels[-1].legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,205 @@
+"""A track: which recipes run, along which axes, and what is measured of each; and one row of it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: a recipe at one place of every axis, from one seed. ``method`` "dense" is its start."""
+
+    method: str
+    places: dict[str, str]  # axis -> its value here
+    seed: int
+    recipe: Path
+    settings: tuple[str, ...]  # as --set has them
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            re.sub(r"[^\w.+-]+", "_", part) for part in (self.method, *self.places.values(), str(self.seed))
+        )
+
+    @property
+    def command(self) -> str:
+        """What does the same by hand."""
+        sets = " ".join(f"--set {shlex.quote(text)}" for text in self.settings)
+        return f"rprune run {os.path.relpath(self.recipe, HERE.parent.parent)} {sets}"
+
+
+@dataclass(frozen=True)
+class Track:
+    """A folder of recipes with ``track.toml``, which says what is made of them."""
+
+    folder: Path
+    table: dict[str, Any] = field(repr=False)
+    share: float = 1.0  # of the recipes' epochs
+
+    @classmethod
+    def read(cls, name: str, share: float = 1.0) -> Track:
+        """``name``: a folder beside this file, or anywhere. Raises FileNotFoundError where it is no track."""
+        folder = HERE / name
+        return cls(folder, tomllib.loads((folder / "track.toml").read_text(encoding="utf-8")), share)
+
+    @property
+    def methods(self) -> dict[str, Path]:
+        """Recipes by the name of their method."""
+        paths = [self.folder / f"{stem}.toml" for stem in self.table["recipes"]]
+        return {tomllib.loads(path.read_text(encoding="utf-8"))["name"]: path for path in paths}
+
+    @property
+    def axes(self) -> dict[str, dict[str, list[str]]]:
+        return self.table["axis"]  # type: ignore[no-any-return]
+
+    @property
+    def suites(self) -> dict[str, dict[str, int]]:
+        """Suites by form, and on how many test images, the first ones, each runs."""
+        return self.table["suites"]  # type: ignore[no-any-return]
+
+    def of_start(self, row: Row) -> dict[str, str]:
+        """Where a row's dense start stands: on axes that change it."""
+        changing = ("model.", "stage.train.", "data.", "threat.")
+        settings = {axis: [text for found in values.values() for text in found] for axis, values in self.axes.items()}
+        return {
+            axis: place for axis, place in row.places.items() if any(s.startswith(changing) for s in settings[axis])
+        }
+
+    def rows(self) -> Iterator[Row]:
+        for seed in self.table["seeds"]:
+            for (method, recipe), *values in itertools.product(
+                self.methods.items(), *(axis.items() for axis in self.axes.values())
+            ):
+                places = {axis: value for axis, (value, _) in zip(self.axes, values, strict=True)}
+                settings = [setting for _, found in values for setting in found]
+                yield Row(method, places, seed, recipe, (*settings, f"seed={seed}"))
+
+
+def recipe_of(track: Track, row: Row, source: str) -> Any:
+    """The whole recipe of a row, on the data ``source``, with the track's share of its epochs."""
+    from rprune.pipeline.anytime import shortened
+    from rprune.pipeline.recipe import read_recipe
+    from rprune.pipeline.stages import epochs_of
+
+    recipe = read_recipe(row.recipe, [*row.settings, f"data.source={source}"])
+    stages = [
+        shortened(stage, max(1, round(track.share * epochs_of(stage)))) if epochs_of(stage) else stage
+        for stage in recipe.stage
+    ]
+    return recipe if track.share == 1 else recipe.model_copy(update={"stage": tuple(stages)})
+
+
+def dense_of(track: Track, row: Row, source: str) -> tuple[str, Any]:
+    """The dense start of a row, which many rows share: its name, and the recipe that has its train stage alone."""
+    recipe = recipe_of(track, row, source)
+    whole = recipe.model_copy(update={"name": DENSE, "stage": recipe.stage[:1], "policy": None})
+    return hashlib.sha256(whole.model_dump_json().encode()).hexdigest()[:12], whole
+
+
+def make_dense(track: Track, row: Row, source: str, work: Path, device: str) -> dict[str, Any]:
+    """Train the dense start of a row, and measure it."""
+    from rprune.pipeline.run import Runner
+
+    name, recipe = dense_of(track, row, source)
+    started, folder = time.monotonic(), work / DENSE / name
+    outcomes = Runner(recipe, row.recipe.parent, folder / "run", Lines(), device).run()
+    found = measure(track, recipe, outcomes[-1].folder, "float", folder, device)
+    return describe(Row(DENSE, track.of_start(row), row.seed, row.recipe, row.settings), started, outcomes, found)
+
+
+def make_row(track: Track, row: Row, source: str, work: Path, device: str) -> dict[str, Any]:
+    """Prune and fine-tune from the dense start (and what else the recipe says), and measure what came out."""
+    from rprune.pipeline.run import Runner
+
+    dense = work / DENSE / dense_of(track, row, source)[0] / "run" / "01-train"
+    recipe = recipe_of(track, row, source).model_copy(update={"checkpoint": str(dense.resolve())})
+    recipe = recipe.model_copy(update={"stage": recipe.stage[1:]})
+    started, folder = time.monotonic(), work / "rows" / row.name
+    outcomes = Runner(recipe, row.recipe.parent, folder / "run", Lines(), device).run()
+    found: dict[str, Any] = {}
+    for form, made in forms(recipe, outcomes).items():
+        found |= measure(track, recipe, made, form, folder, device)
+    return describe(row, started, outcomes, found)
+
+
+def forms(recipe: Any, outcomes: list[Any]) -> dict[str, Path]:
+    """Where the last float net lies, and its 8-bit form where there is one."""
+    modes = {stage.mode for stage in recipe.stage if stage.kind == "quantize"}
+    names = {"prune": "float", "finetune": "float", "quantize": "codebook" if "codebook" in modes else "8-bit"}
+    return {names[outcome.kind]: outcome.folder for outcome in outcomes if outcome.kind in names}
+
+
+def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, device: str) -> dict[str, Any]:
+    """Counts of every suite on a stage's result, ``{form: {suite: {clean, robust, n}}}``; interrupted, it goes on."""
+    from rprune.attacks.suites import with_transfer
+    from rprune.data.loaders import loader
+    from rprune.evaluation.ledger import Ledger
+    from rprune.evaluation.robustness import robustness
+    from rprune.pipeline.attack import ledger_key
+    from rprune.pipeline.shipped import open_target
+    from rprune.pipeline.single import Request
+
+    arch = recipe.model.arch if ":" in recipe.model.arch else None
+    opened = open_target(artifact, Request(arch=arch, seed=recipe.seed, device=device), Lines())
+    bench, counts = opened.bench, {}
+    for suite, limit in track.suites.get(form, {}).items():
+        attacks = bench.suite(suite)
+        attacks = with_transfer(attacks) if opened.target.parents else attacks
+        key = ledger_key(
+            opened.identity, bench.data.test.digest, bench.threat, attacks, bench.seed, bench.device.type, form=form
+        )
+        ledger = Ledger.open(folder / f"{form}-{suite}.jsonl", key)
+        data = loader(bench.data.test, bench.device)
+        found = robustness(
+            opened.target, data, bench.threat, attacks, seed=bench.seed, limit=limit, ledger=ledger, grid=False
+        )
+        counts[suite] = {"clean": found.clean.correct, "robust": found.correct, "n": found.clean.n}
+    return {form: counts}
+
+
+def describe(row: Row, started: float, outcomes: list[Any], found: dict[str, Any]) -> dict[str, Any]:
+    artifact = [outcome.artifact for outcome in outcomes if outcome.kind in ("train", "prune", "finetune")][-1]
+    stages = [
+        {key: entry.metrics[key] for key in ("target_met", "selected_epoch") if key in entry.metrics}
+        | {"stage": entry.stage}
+        for entry in artifact.metadata.lineage
+    ]
+    return {
+        "method": row.method,
+        "seed": row.seed,
+        **row.places,
+        "kept": artifact.metadata.budget,
+        "stages": stages,
+        "counts": found,
+        "seconds": round(time.monotonic() - started),
+        "command": row.command,
+    }
+
+
+class Lines:
+    """Progress as plain lines, for a log."""
+
+    def epoch(self, stage: str, log: Any) -> None:
+        print(f"{stage} {log.epoch}/{log.epochs} " + json.dumps({k: round(v, 4) for k, v in log.values.items()}))
+
+    def progress(self, what: str, done: int, good: int | None, total: int) -> None: ...
+
+    def note(self, text: str) -> None:
+        print(text)
+
+    def warn(self, text: str) -> None:
+        print(text)

@@ -1,0 +1,209 @@
+"""The reproduction: tracks are whole; a small one runs, is interrupted and goes on; its table says what it found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "reproduce"
+RECIPE = """
+rprune = 1
+name = "{name}"
+[model]
+arch = "cnn-small"
+[data]
+source = "npz:images.npz"
+[threat]
+eps = "8/255"
+[[stage]]
+kind = "train"
+objective = {{ name = "pgd-at", attack = {{ steps = 1 }} }}
+epochs = 2
+batch_size = 16
+[[stage]]
+kind = "prune"
+method = "{method}"
+sparsity = 0.5
+batch_size = 16
+{epochs}
+[[stage]]
+kind = "finetune"
+epochs = 2
+batch_size = 16
+[[stage]]
+kind = "quantize"
+calibration = 16
+"""
+TRACK = """
+recipes = ["lwm", "harp"]
+seeds = [0]
+[suites.float]
+fgsm = 20
+[suites.8-bit]
+fgsm = 10
+[axis.sparsity]
+"0.5" = ["stage.prune.sparsity=0.5"]
+"0.9" = ["stage.prune.sparsity=0.9"]
+"""
+
+
+def module(name: str) -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        found = importlib.util.module_from_spec(spec)
+        sys.modules[name] = found  # dataclasses look their module up
+        spec.loader.exec_module(found)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return found
+
+
+@pytest.fixture(scope="module")
+def track() -> Any:
+    return module("track")
+
+
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    return module("tables")
+
+
+TRACKS = sorted(path.parent.name for path in FOLDER.glob("*/track.toml"))
+
+
+@pytest.mark.parametrize("name", TRACKS)
+def test_every_row_of_a_track_is_a_recipe_that_can_run(track: Any, name: str, monkeypatch: pytest.MonkeyPatch):
+    from rprune.attacks.suites import suite
+    from rprune.pruning.base import METHODS
+
+    monkeypatch.chdir(ROOT)
+    found = track.Track.read(name)
+    rows = list(found.rows())
+    assert len({row.name for row in rows}) == len(rows) > 0
+    for row in rows:
+        recipe = track.recipe_of(found, row, "npz:images.npz")
+        prune = next(stage for stage in recipe.stage if stage.kind == "prune")
+        METHODS.build(prune.method)
+        assert str(prune.sparsity) == row.places["sparsity"]
+        assert recipe.seed == row.seed
+    for suites in found.suites.values():
+        assert all(suite(text) for text in suites)
+
+
+def test_rows_share_a_dense_start_when_nothing_before_pruning_differs(track: Any):
+    found = track.Track.read("paper")
+    starts: dict[str, set[tuple[str, str]]] = {}
+    for row in found.rows():
+        key = track.dense_of(found, row, "cifar10")[0]
+        starts.setdefault(key, set()).add((row.places["net"], row.places["training"]))
+    assert len(starts) == 6
+    assert all(len(places) == 1 for places in starts.values())
+
+
+def test_a_shorter_track_says_so_in_every_stage(track: Any):
+    whole, short = track.Track.read("paper"), track.Track.read("paper", 0.1)
+    row = next(row for row in whole.rows() if row.method == "HARP")
+    epochs = [[getattr(s, "epochs", None) for s in track.recipe_of(t, row, "cifar10").stage] for t in (whole, short)]
+    assert epochs == [[100, 20, 100, None], [10, 2, 10, None]]
+
+
+def result(**more: Any) -> dict[str, Any]:
+    published = {
+        "source": "HARP (ICLR 2023)",
+        "arch": {"": "ResNet18"},
+        "training": {"": "PGD-AT"},
+        "methods": {"dense": "Pre-trained"},
+        "metrics": {"clean": "nat", "aa-standard": "aa"},
+    }
+    counts = [
+        ("dense", {}, 0, 840, 460),
+        ("HARP", {"sparsity": "0.99"}, 0, 800, 440),
+        ("HARP", {"sparsity": "0.99"}, 1, 820, 450),
+        ("HYDRA", {"sparsity": "0.99"}, 0, 700, 400),
+    ]
+    rows = [
+        {"method": m, "seed": s, **places, "counts": {"float": {"aa-standard": {"clean": c, "robust": r, "n": 1000}}}}
+        for m, places, s, c, r in counts
+    ]
+    suites = {"float": {"aa-standard": 1000}}
+    axis = {"sparsity": {"0.99": ["stage.prune.sparsity=0.99"], "0.999": ["stage.prune.sparsity=0.999"]}}
+    return {"track": {"suites": suites, "axis": axis, "published": published | more}, "rows": rows}
+
+
+def test_the_table_has_means_intervals_and_what_is_published(tables: Any):
+    from rprune.evaluation.statistics import clopper_pearson
+
+    low, high = (100 * value for value in clopper_pearson(445, 1000))
+    lines = tables.table(result()).splitlines()
+    assert lines[0] == "| sparsity | method | clean | AA | paper: clean | paper: AA |"
+    assert lines[2].startswith("| 0 | dense | 84.0 [")
+    assert lines[2].endswith("| 82.9 | 45.3 |")
+    assert f"| 44.5 [{low:.1f}, {high:.1f}] | 80.1 | 45.6 |" in lines[3]
+    assert lines[3].startswith("| 0.99 | HARP | 81.0 [")
+
+
+def test_differences_stand_where_the_setting_is_the_papers(tables: Any):
+    lines = tables.table(result(same_setting=True)).splitlines()
+    assert lines[3].endswith("| 80.1 (+0.9) | 45.6 (-1.1) |")
+
+
+def test_the_brief_table_has_a_line_a_method_and_a_gap_for_what_is_missing(tables: Any):
+    lines = tables.brief(result()).splitlines()
+    assert lines[0] == "clean / AA. Dense: 84.0 / 46.0."
+    assert lines[-2:] == ["| HARP | 81.0 / 44.5 | – / – |", "| HYDRA | 70.0 / 40.0 | – / – |"]
+
+
+def test_the_plot_is_drawn(tables: Any, tmp_path: Path):
+    tables.plot(result(), tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+@pytest.mark.slow
+def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for name, n in (("train", 64), ("test", 20)):
+        arrays[f"{name}_images"] = random.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+        arrays[f"{name}_labels"] = np.arange(n) % 4
+    np.savez(tmp_path / "images.npz", **arrays)
+    (tmp_path / "small").mkdir()
+    for method, epochs in (("lwm", ""), ("harp", "epochs = 2")):
+        text = RECIPE.format(name=method.upper(), method=method, epochs=epochs)
+        (tmp_path / "small" / f"{method}.toml").write_text(text)
+    (tmp_path / "small" / "track.toml").write_text(TRACK)
+    command = [sys.executable, FOLDER / "run.py", tmp_path / "small", "--data", f"npz:{tmp_path}/images.npz"]
+    command += ["--work", tmp_path / "work", "--output", tmp_path / "result.json", "--shorten", "0.5"]
+
+    stopped = subprocess.run([*command, "--budget", "1s"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "goes on" in stopped.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["unfinished"]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in (tmp_path / "work").glob("*/*.log"))
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["unfinished"] == []
+    assert found["share_of_epochs"] == 0.5
+    assert [row["method"] for row in found["rows"]] == ["dense", "LWM", "LWM", "HARP", "HARP"]
+    for row in found["rows"]:
+        assert row["counts"]["float"]["fgsm"]["n"] == 20
+        if row["method"] != "dense":
+            assert row["counts"]["8-bit"]["fgsm"]["n"] == 10
+            assert row["kept"] == {"0.5": 11_080, "0.9": 2_216}[row["sparsity"]]
+    assert "| 0.9 | HARP |" in done.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*/*.json")}
+    assert len(before) == 5
+    subprocess.run(command, capture_output=True, cwd=ROOT, check=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
