@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, percent, plain, print_json, print_table, stdout
+from rprune.cli.console import ProgressLines, note, percent, plain, print_json, print_smoke, print_table, stdout
 from rprune.cli.launch import launched
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def certify(
     print_table(
         f"certified accuracy of the {found['form']} form -> {output}", ["method", "radius", "certified", "count"], rows
     )
+    print_smoke(found.get("smoke", False))
     if bounds and not quiet:
         note(
             f"At eps {bounds['eps']}: " + ", ".join(f"{count} {name}" for name, count in bounds["counts"].items()) + "."

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from rprune.cli import completion
 from rprune.cli import options as o
@@ -18,9 +17,9 @@ from rprune.cli.console import (
     print_json,
     print_profile,
     print_report,
+    print_smoke,
     print_stages,
     print_table,
-    stdout,
 )
 from rprune.cli.launch import launched
 from rprune.errors import UsageError, unknown_name
@@ -67,7 +66,6 @@ def run(
         return
     from rprune.pipeline.recipe import read_recipe, shipped_recipes
     from rprune.pipeline.run import Outcome, Runner
-    from rprune.reports.text import SMOKE
 
     if not recipe.exists():
         known = shipped_recipes()
@@ -109,10 +107,10 @@ def run(
         stages: list[dict[str, Any]] = [{"kind": x.kind, "folder": str(x.folder), "reused": x.reused} for x in outcomes]
         print_json({"stages": stages, "report": None if report is None else report.to_json(), "gate_passed": passed})
     else:
-        if content.smoke:
-            stdout.print(Text(SMOKE, "bold red"))
         print_stages([(outcome.artifact, str(outcome.folder)) for outcome in outcomes if outcome.artifact is not None])
-        if report is not None:
+        if report is None:
+            print_smoke(runner.bench.smoke)
+        else:
             print_report(report, str(outcomes[-1].folder))
             if not quiet:
                 note(f"Next: rprune {f'run {recipe}' if content.smoke else f'verify {outcomes[-1].folder}'}")
