@@ -56,6 +56,7 @@ def run(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every value of the run with where it comes from, and stop.")
     ] = False,
+    baseline: o.Baseline = None,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
     tensorboard: o.TensorBoard = None,
     as_json: o.Json = False,
@@ -81,7 +82,7 @@ def run(
         limit = None if budget is None else o.seconds(budget)
         if limit == 0:
             raise UsageError("no run fits into no time", "name one: --budget 2h")
-        runner = Runner(content, recipe.parent, out, reporter, device, limit, trust_pickle)
+        runner = Runner(content, recipe.parent, out, reporter, device, limit, trust_pickle, baseline)
         plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
         if profile is not None:
             told = []
@@ -143,8 +144,9 @@ def _show_config(
     from rprune.pipeline.origins import settings as resolved
 
     rows = resolved(recipe, overrides, smoke)
-    for name in ("device", "gpus", "budget", "output"):
-        value = str(out) if name == "output" else context.params[name]
+    for name in ("device", "gpus", "budget", "baseline", "output"):
+        value = out if name == "output" else context.params[name]
+        value = str(value) if isinstance(value, Path) else value
         rows.append(Setting(name, value, ORIGINS[_source(context, name)]))
     kind, _, place = str(next(row.value for row in rows if row.key == "data.source")).partition(":")
     if kind in TORCHVISION and not place:

@@ -50,7 +50,7 @@ def verify(
     if level not in known:
         raise unknown_name("level", level, known)
     first = next((each for each in LEVELS if each == level), LEVELS[-1])
-    found = run_verify(bundle, first, None if policy is None else read_policy(policy), data, key)
+    found = run_verify(bundle, first, None if policy is None else read_policy(policy, baseline=True), data, key)
     if level == REATTACK and found.passed:
         from rprune.pipeline.reattack import Reattack
 
