@@ -75,6 +75,7 @@ def certify(
     trust_pickle: o.TrustPickle = False,
     trust_c: o.TrustC = False,
     resume: o.Resume = True,
+    show_config: o.ShowConfig = False,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -85,6 +86,7 @@ def certify(
     """
     if launched(gpus, device):
         return
+    from rprune.cli.work import print_config
     from rprune.errors import UsageError
     from rprune.evaluation.certificates import SmoothedSet
     from rprune.files import partial_of, refuse_overwrite, write_json
@@ -131,6 +133,11 @@ def certify(
     stage = validated(CertifyStage, o.with_settings(table, settings), "options")
     output = output or certificates_beside(model, o.shard(shard))
     part = Part(o.shard(shard), output.with_name(f"{output.name}.verdicts.jsonl"), resume, tuple(merge or ()))
+    if show_config:
+        with ProgressLines(quiet or as_json) as reporter:
+            bench = open_target(model, request, reporter).bench if shipped else open_model(model, request, reporter)[0]
+        print_config(bench, stage, as_json)
+        return
     refuse_overwrite(output, force)
     with ProgressLines(quiet or as_json) as reporter, working_on(output, world().first):
         if shipped:

@@ -114,6 +114,9 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 Shard = Annotated[str | None, typer.Option("--shard", help="Only part i of n, as i/n; merge the parts later.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run of the same command.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print plan and cost, and stop.")]
+ShowConfig = Annotated[
+    bool, typer.Option("--show-config", help="Print every value of the stage, as a recipe has it, and stop.")
+]
 Profile = Annotated[
     Path | None, typer.Option("--profile", help="Folder for a trace and a table of one step; nothing else is run.")
 ]
