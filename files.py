@@ -116,6 +116,17 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"cannot read {what} {path}: {error}", "it must be a JSON file") from None
 
 
+def toml(value: Any) -> str:
+    """A value as TOML has it, tables in one line; what is None is left out of them."""
+    if isinstance(value, Mapping):
+        bare = {key: key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml(key) for key in value}
+        entries = (f"{bare[key]} = {toml(entry)}" for key, entry in value.items() if entry is not None)
+        return f"{{ {', '.join(entries)} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def read_toml(path: Path, what: str, hint: str) -> dict[str, Any]:
     """Raises UsageError when the file is not there, not TOML, or larger than 128 MiB."""
     try:

@@ -74,12 +74,14 @@ def run(net: Any, x: Any, y: Any, threat: Any, attacks: Any, seed: int = 0, rows
 
     from rprune.data.loaders import Resident
     from rprune.evaluation.robustness import robustness
-    from rprune.evaluation.target import Rows, Target
+    from rprune.evaluation.target import STEP, Rows, Target, usual_rows
 
     data = Resident((x * 255).round().to(torch.uint8), y)
     counted = counting(net)
     searched = Rows(counted).eval() if rows else counted
-    searched(data.take(torch.arange(len(y))).x)  # with the trial of Rows; not counted
+    images = data.take(torch.arange(len(y))).x
+    for size in range(STEP, usual_rows(images[:1]) + 1, STEP):
+        searched(images[:size])  # with the trials of Rows; not counted
     counted.gradients = counted.forwards = 0
     started = time.process_time()
     found = robustness(Target(searched, searched), data, threat, attacks, seed=seed, grid=False)

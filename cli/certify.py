@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, percent, plain, print_json, print_table, stdout
+from rprune.cli.console import ProgressLines, note, percent, plain, print_json, print_smoke, print_table, stdout
 from rprune.cli.launch import launched
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def certify(
     trust_pickle: o.TrustPickle = False,
     trust_c: o.TrustC = False,
     resume: o.Resume = True,
+    show_config: o.ShowConfig = False,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -85,6 +86,7 @@ def certify(
     """
     if launched(gpus, device):
         return
+    from rprune.cli.work import print_config
     from rprune.errors import UsageError
     from rprune.evaluation.certificates import SmoothedSet
     from rprune.files import partial_of, refuse_overwrite, write_json
@@ -131,6 +133,11 @@ def certify(
     stage = validated(CertifyStage, o.with_settings(table, settings), "options")
     output = output or certificates_beside(model, o.shard(shard))
     part = Part(o.shard(shard), output.with_name(f"{output.name}.verdicts.jsonl"), resume, tuple(merge or ()))
+    if show_config:
+        with ProgressLines(quiet or as_json) as reporter:
+            bench = open_target(model, request, reporter).bench if shipped else open_model(model, request, reporter)[0]
+        print_config(bench, stage, as_json)
+        return
     refuse_overwrite(output, force)
     with ProgressLines(quiet or as_json) as reporter, working_on(output, world().first):
         if shipped:
@@ -172,6 +179,7 @@ def certify(
     print_table(
         f"certified accuracy of the {found['form']} form -> {output}", ["method", "radius", "certified", "count"], rows
     )
+    print_smoke(found.get("smoke", False))
     if bounds and not quiet:
         note(
             f"At eps {bounds['eps']}: " + ", ".join(f"{count} {name}" for name, count in bounds["counts"].items()) + "."

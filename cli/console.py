@@ -61,6 +61,14 @@ def print_error(error: RpruneError) -> None:
         place.print(Text.assemble(where, ("hint: ", "cyan"), plain(error.hint)))
 
 
+def print_smoke(smoke: bool) -> None:
+    """Below all results, where it is seen: that they are of a smoke run, if they are."""
+    from rprune.reports.text import SMOKE
+
+    if smoke:
+        stdout.print(Text(SMOKE, "bold red"))
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
     """A table; columns of numbers stand to the right, unless all are ``words``."""
     table = Table(
@@ -196,6 +204,7 @@ def print_artifact(artifact: Artifact, where: str) -> None:
     if lineage[-1].energy is not None:
         rows.append(["energy", "", _energy(lineage[-1])])
     print_table(f"{lineage[-1].stage} -> {where}", ["", "before", "after"], rows)
+    print_smoke(artifact.metadata.smoke)
 
 
 def print_costs(kinds: Sequence[str], costs: Sequence[Cost]) -> None:
@@ -262,6 +271,7 @@ def print_attack(result: Result, where: str) -> None:
     for column in result.columns:
         print_health(column.robust)
     stdout.print(Text(f"evidence  {where}"))
+    print_smoke(result.opened.bench.smoke)
 
 
 def print_suite(result: Result, column: Column) -> None:
@@ -303,10 +313,8 @@ def print_health(claim: Claim) -> None:
 
 
 def print_report(report: Report, where: str) -> None:
-    from rprune.reports.text import SMOKE, flags
+    from rprune.reports.text import flags
 
-    if report.smoke:
-        stdout.print(Text(SMOKE, "bold red"))
     rows = [
         [
             claim.metric.replace("_", " "),
@@ -340,6 +348,7 @@ def print_report(report: Report, where: str) -> None:
         exact = "below 2^24: exact in float32" if report.integers.exact else "beyond 2^24: computed in wider numbers"
         pairs = report.integers.saturating_pairs
         stdout.print(Text(f"{report.integers.bits} bits, sums {exact}; {pairs:,} pairs may saturate without VNNI"))
+    print_smoke(report.smoke)
 
 
 def print_gate(gate: Gate) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, percent, print_json, print_table
+from rprune.cli.console import ProgressLines, note, percent, print_json, print_smoke, print_table
 from rprune.cli.launch import launched
 
 
@@ -49,7 +49,8 @@ def evaluate(
     if remark and suite is not None and not quiet:
         note(remark)
     if as_json:
-        print_json({"model": str(model), "split": split, "threat": str(bench.threat), "results": found})
+        table = {"model": str(model), "split": split, "threat": str(bench.threat), "results": found}
+        print_json(table | ({"smoke": True} if bench.smoke else {}))
         return
     rows = []
     for row in found:
@@ -60,3 +61,4 @@ def evaluate(
     print_table(
         f"{model} on {bench.data.source}/{split}, {bench.threat}", ["", "form", "value", "95 % interval", "count"], rows
     )
+    print_smoke(bench.smoke)

@@ -34,6 +34,7 @@ def export(
     gpus: o.Gpus = None,
     download: o.Download = False,
     trust_pickle: o.TrustPickle = False,
+    show_config: o.ShowConfig = False,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -41,6 +42,7 @@ def export(
     """Write safetensors and ONNX files, check each against its source, attack them, and report."""
     if launched(gpus, device):
         return
+    from rprune.cli.work import print_config
     from rprune.export.c.engine import stated
     from rprune.files import refuse_overwrite
     from rprune.pipeline.bundle import Source
@@ -60,6 +62,9 @@ def export(
             trust_pickle=trust_pickle,
         )  # fmt: skip
         opened, artifact = open_model(model, request, reporter)
+        if show_config:
+            print_config(opened, stage, as_json)
+            return
         refuse_overwrite(output, force)
         beside = certificates_beside(model)
         place = certificates or (beside if beside.exists() else None)

@@ -41,10 +41,7 @@ def gate(
             "--max-drop", help="METRIC=VALUE or METRIC@FILE=VALUE that it may lie below --baseline; repeatable."
         ),
     ] = None,
-    baseline: Annotated[
-        Path | None,
-        typer.Option("--baseline", help="Report of an earlier model on the same test data, with its evidence/."),
-    ] = None,
+    baseline: o.Baseline = None,
     bound: Annotated[
         str,
         typer.Option(

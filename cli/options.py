@@ -105,11 +105,18 @@ Health = Annotated[
     bool, typer.Option("--health/--no-health", help="Check the attack itself, and find the curve over eps.")
 ]
 Limit = Annotated[int | None, typer.Option("-n", "--limit", help="Only the first N test samples.", min=1)]
+Baseline = Annotated[
+    Path | None,
+    typer.Option("--baseline", help="Report of an earlier model on the same test data, with its evidence/."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 Shard = Annotated[str | None, typer.Option("--shard", help="Only part i of n, as i/n; merge the parts later.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run of the same command.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print plan and cost, and stop.")]
+ShowConfig = Annotated[
+    bool, typer.Option("--show-config", help="Print every value of the stage, as a recipe has it, and stop.")
+]
 Profile = Annotated[
     Path | None, typer.Option("--profile", help="Folder for a trace and a table of one step; nothing else is run.")
 ]

@@ -59,6 +59,7 @@ def prune(
     tensorboard: o.TensorBoard = None,
     profile: o.Profile = None,
     dry_run: o.DryRun = False,
+    show_config: o.ShowConfig = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -96,5 +97,5 @@ def prune(
         bench.typed |= o.typed(table)
         work(
             bench, stage, source, output, reporter, force=force, resume=resume, profile=profile, dry_run=dry_run,
-            as_json=as_json, next_step=f"rprune finetune {output}",
+            show_config=show_config, as_json=as_json, next_step=f"rprune finetune {output}",
         )  # fmt: skip

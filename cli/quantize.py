@@ -53,6 +53,7 @@ def quantize(
     tensorboard: o.TensorBoard = None,
     profile: o.Profile = None,
     dry_run: o.DryRun = False,
+    show_config: o.ShowConfig = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -80,7 +81,7 @@ def quantize(
         step = f"rprune export {output} -o DIR" if stage.bits <= 8 else f"rprune evaluate {output}"
         work(
             bench, stage, source, output, reporter, force=force, resume=resume, profile=profile, dry_run=dry_run,
-            as_json=as_json, next_step=f"rprune certify {output}, then {step}",
+            show_config=show_config, as_json=as_json, next_step=f"rprune certify {output}, then {step}",
         )  # fmt: skip
 
 

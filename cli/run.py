@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from rprune.cli import completion
 from rprune.cli import options as o
@@ -18,9 +17,9 @@ from rprune.cli.console import (
     print_json,
     print_profile,
     print_report,
+    print_smoke,
     print_stages,
     print_table,
-    stdout,
 )
 from rprune.cli.launch import launched
 from rprune.errors import UsageError, unknown_name
@@ -57,6 +56,7 @@ def run(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print every value of the run with where it comes from, and stop.")
     ] = False,
+    baseline: o.Baseline = None,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Exit 1 when the recipe's policy is not met.")] = True,
     tensorboard: o.TensorBoard = None,
     as_json: o.Json = False,
@@ -67,7 +67,6 @@ def run(
         return
     from rprune.pipeline.recipe import read_recipe, shipped_recipes
     from rprune.pipeline.run import Outcome, Runner
-    from rprune.reports.text import SMOKE
 
     if not recipe.exists():
         known = shipped_recipes()
@@ -83,7 +82,7 @@ def run(
         limit = None if budget is None else o.seconds(budget)
         if limit == 0:
             raise UsageError("no run fits into no time", "name one: --budget 2h")
-        runner = Runner(content, recipe.parent, out, reporter, device, limit, trust_pickle)
+        runner = Runner(content, recipe.parent, out, reporter, device, limit, trust_pickle, baseline)
         plan = [[kind, str(folder), "done" if done else "to do"] for kind, folder, done in runner.plan()]
         if profile is not None:
             told = []
@@ -109,10 +108,10 @@ def run(
         stages: list[dict[str, Any]] = [{"kind": x.kind, "folder": str(x.folder), "reused": x.reused} for x in outcomes]
         print_json({"stages": stages, "report": None if report is None else report.to_json(), "gate_passed": passed})
     else:
-        if content.smoke:
-            stdout.print(Text(SMOKE, "bold red"))
         print_stages([(outcome.artifact, str(outcome.folder)) for outcome in outcomes if outcome.artifact is not None])
-        if report is not None:
+        if report is None:
+            print_smoke(runner.bench.smoke)
+        else:
             print_report(report, str(outcomes[-1].folder))
             if not quiet:
                 note(f"Next: rprune {f'run {recipe}' if content.smoke else f'verify {outcomes[-1].folder}'}")
@@ -145,8 +144,9 @@ def _show_config(
     from rprune.pipeline.origins import settings as resolved
 
     rows = resolved(recipe, overrides, smoke)
-    for name in ("device", "gpus", "budget", "output"):
-        value = str(out) if name == "output" else context.params[name]
+    for name in ("device", "gpus", "budget", "baseline", "output"):
+        value = out if name == "output" else context.params[name]
+        value = str(value) if isinstance(value, Path) else value
         rows.append(Setting(name, value, ORIGINS[_source(context, name)]))
     kind, _, place = str(next(row.value for row in rows if row.key == "data.source")).partition(":")
     if kind in TORCHVISION and not place:

@@ -35,6 +35,7 @@ def train(
     tensorboard: o.TensorBoard = None,
     profile: o.Profile = None,
     dry_run: o.DryRun = False,
+    show_config: o.ShowConfig = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -67,5 +68,6 @@ def train(
         bench.typed |= o.typed(table)
         work(
             bench, stage, None, output, reporter, arch=found, force=force, resume=resume, profile=profile,
-            dry_run=dry_run, as_json=as_json, next_step=f"rprune prune {output} --sparsity 0.99 --method harp",
+            dry_run=dry_run, show_config=show_config, as_json=as_json,
+            next_step=f"rprune prune {output} --sparsity 0.99 --method harp",
         )  # fmt: skip

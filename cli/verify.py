@@ -8,7 +8,7 @@ from rich.text import Text
 
 from rprune.cli import completion
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, plain, print_json, stdout
+from rprune.cli.console import ProgressLines, plain, print_json, print_smoke, stdout
 from rprune.errors import unknown_name
 
 REATTACK = "reattack"
@@ -43,7 +43,6 @@ def verify(
     reattack also attacks, proves and draws anew, under a seed that nobody knew before.
     """
     from rprune.reports.gate import read_policy
-    from rprune.reports.text import SMOKE
     from rprune.reports.verify import LEVELS
     from rprune.reports.verify import verify as run_verify
 
@@ -51,7 +50,7 @@ def verify(
     if level not in known:
         raise unknown_name("level", level, known)
     first = next((each for each in LEVELS if each == level), LEVELS[-1])
-    found = run_verify(bundle, first, None if policy is None else read_policy(policy), data, key)
+    found = run_verify(bundle, first, None if policy is None else read_policy(policy, baseline=True), data, key)
     if level == REATTACK and found.passed:
         from rprune.pipeline.reattack import Reattack
 
@@ -71,8 +70,6 @@ def verify(
             }
         )
     else:
-        if found.smoke:
-            stdout.print(Text(SMOKE, "bold red"))
         for check in found.checks:
             mark = Text("✓", "green") if check.passed else Text("✗", "bold red")
             stdout.print(Text.assemble(mark, plain(f" {check.name:<36} {check.detail}")))
@@ -80,6 +77,7 @@ def verify(
         stdout.print(Text(words, "bold green" if found.passed else "bold red"))
         if found.passed and found.unread:
             stdout.print(Text(plain(f"by their hash alone: {', '.join(found.unread)}")))
+        print_smoke(found.smoke)
     if not found.integrity:
         raise typer.Exit(5)
     if not found.passed:

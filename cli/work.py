@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def work(
     resume: bool,
     profile: Path | None = None,
     dry_run: bool,
+    show_config: bool = False,
     as_json: bool,
     next_step: str,
 ) -> None:
@@ -38,6 +40,9 @@ def work(
     from rprune.models.registry import is_trusted
     from rprune.pipeline.single import prepare, run_single, teacher_of
 
+    if show_config:
+        print_config(bench, stage, as_json)
+        return
     prepare(bench, stage, source, output, arch=arch, force=force)
     plan = stage.model_dump(mode="json") | {
         "data": bench.data.source,
@@ -80,6 +85,24 @@ def work(
     if not reporter.quiet:
         name = made.metadata.arch.name
         note(f"Next: {next_step}" + ("" if is_trusted(name) else f" --arch {name}"))
+
+
+def print_config(bench: Bench, stage: Section, as_json: bool) -> None:
+    """Every value of a stage, with the options of its method and its objective, as a recipe would hold it."""
+    from rprune.files import toml
+    from rprune.pipeline.origins import described
+
+    data = bench.section.model_dump(mode="json")
+    threat = {"norm": bench.threat.norm, "eps": bench.threat.text}
+    table = described(stage)
+    table = {"kind": table["kind"]} | table  # which comes first
+    if as_json:
+        print_json({"seed": bench.seed, "data": data, "threat": threat, "stage": [table]})
+        return
+    lines = [f"seed = {bench.seed}"]
+    for title, values in (("[data]", data), ("[threat]", threat), ("[[stage]]", table)):
+        lines += ["", title, *(f"{key} = {toml(value)}" for key, value in values.items() if value is not None)]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,7 @@ ROWS_BELOW = {512: 512, 2048: 128}  # by values an image
 SMALL = max(ROWS_BELOW)
 # Samples under attack at a time. Small images and GPUs want many, for each step's calls; a kill costs a batch its work.
 BATCH, LARGE_BATCH = 128, 512
-STEP, SIZES = 8, 16  # the last call has one of so many sizes, STEP apart or more, where a trial shows rows alike at all
+STEP, SIZES = 8, 16  # the last call has one of so many sizes, STEP apart or more, where a trial shows rows alike
 INVALID = -1  # the class of logits that are not finite: wrong for every label, and no success of an attack either
 
 
@@ -25,37 +25,42 @@ class Rows(nn.Module):
 
     Kernels choose their algorithm, and so their rounding, by the shape of the batch. At one shape a row's result does
     not depend on the other rows or on its place (:func:`steady` sees to that), so results are the same bits whatever
-    the batches. Before the first call the net is tried at smaller sizes, with random images: where logits and gradients
-    are the same bits at all of them, as is usual with one thread, the last call is filled up to the next of them only.
+    the batches. A last call of few images is filled up to the next of ``SIZES`` sizes only, where that gives the same
+    bits: before the first call of a size the net is tried at it, with random images, logits and gradients. They are
+    alike as a rule with one thread. A size that never comes is never tried: a trial takes long for large nets.
     """
 
     def __init__(self, net: nn.Module, rows: int | None = None) -> None:
         """``rows`` None: what suits size and device of the images."""
         super().__init__()
         self.net, self.rows = net, rows
-        self._steps: dict[Any, int] = {}
+        self._whole: dict[Any, tuple[Tensor, ...]] = {}
+        self._alike: dict[Any, bool] = {}
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         rows = self.rows or usual_rows(x[:1])
-        missing = -len(x) % self._step(x, rows)
+        last = len(x) % rows
+        missing = self._size(x, last, rows) - last
         full = torch.cat([x, x[:1].detach().expand(missing, *x.shape[1:])]) if missing else x
         logits = [self.net(part) for part in torch.split(full, rows)]
         return torch.cat(logits)[: len(x)]
 
-    def _step(self, x: Tensor, rows: int) -> int:
-        """What the number of images has to be a multiple of."""
+    def _size(self, x: Tensor, last: int, rows: int) -> int:
+        """Of a call for the last images."""
+        step = max(STEP, rows // SIZES)
+        size = -(-last // step) * step
+        return size if size == 0 or (size < rows and self._as_whole(x, size, rows)) else rows
+
+    def _as_whole(self, x: Tensor, size: int, rows: int) -> bool:
+        """Do so many images like these get the same bits as among ``rows``?"""
         case = x.shape[1:], x.dtype, x.device, torch.get_num_threads()
-        if case not in self._steps:
+        if (case, size) not in self._alike:
             images = torch.rand((rows, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x)
-            whole = self._passes(images)
-            step = max(STEP, rows // SIZES)
-            alike = all(
-                torch.equal(part, one[-size:])
-                for size in range(step, rows, step)
-                for part, one in zip(self._passes(images[-size:]), whole, strict=True)
-            )
-            self._steps[case] = step if alike else rows
-        return self._steps[case]
+            if case not in self._whole:
+                self._whole[case] = self._passes(images)
+            pairs = zip(self._passes(images[-size:]), self._whole[case], strict=True)
+            self._alike[case, size] = all(torch.equal(part, whole[-size:]) for part, whole in pairs)
+        return self._alike[case, size]
 
     def _passes(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits, and where there is one the gradient of their squares."""

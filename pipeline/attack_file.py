@@ -83,7 +83,7 @@ class Result:
             "seed": opened.bench.seed,
             "columns": [column.to_json() for column in self.columns],
             "environment": environment(str(opened.bench.device)),
-        }
+        } | ({"smoke": True} if opened.bench.smoke else {})
 
 
 def check_plan(plan: Plan, opened: Opened) -> None:

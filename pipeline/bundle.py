@@ -43,9 +43,11 @@ from rprune.pipeline.targets import CPU, of_export
 from rprune.quantization.guarantees import exactness, saturating_pairs
 from rprune.quantization.ptq import Quantization
 from rprune.reports.energy import intensity
-from rprune.reports.evidence import broken_samples
+from rprune.reports.evidence import broken_samples, read_samples
 from rprune.reports.gate import Policy, judge
 from rprune.reports.html import render_html
+from rprune.reports.pairs import Pairs
+from rprune.reports.pairs import Source as Judged
 from rprune.reports.schema import (
     Claim,
     DataUsed,
@@ -92,6 +94,7 @@ class Source:
     name: str
     recipe: Mapping[str, Any]
     policy: Policy | None = None
+    baseline: Judged | None = None
 
 
 def export(
@@ -123,7 +126,10 @@ def export(
         return read_report(out)
     report = _report(bench, deployed, stage, out, source, facts, result, made)
     if source.policy is not None:
-        report = report.model_copy(update={"gate": judge(report, source.policy)})
+        after = Judged(out, report, read_samples(out / report.evidence.samples))
+        # a smoke run, which no gate passes, has too few samples to compare
+        pairs = None if source.baseline is None or bench.smoke else Pairs(before=source.baseline, after=after)
+        report = report.model_copy(update={"gate": judge(report, source.policy, pairs)})
     report = report.sealed()
     write_json(out / "report.json", report.to_json())
     # a rendering, not a subject: it shows the id of the report, which covers the subjects

@@ -85,6 +85,8 @@ def certificates(
         "config": stage.model_dump(mode="json"),
         "seed": bench.seed,
     }
+    if bench.smoke:
+        found["smoke"] = True
     if part.shard != (0, 1):
         found["shard"] = part.name
     methods = bounds_of(stage, of_integers(network)) if set(stage.methods) != {"smoothing"} else ()

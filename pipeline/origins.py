@@ -10,7 +10,7 @@ from typing import Any
 
 from rprune.objectives.base import OBJECTIVES
 from rprune.pipeline.presets import apply_preset, method_of
-from rprune.pipeline.recipe import PruneStage, Recipe, override, read_recipe, read_table
+from rprune.pipeline.recipe import PruneStage, Recipe, Section, override, read_recipe, read_table
 from rprune.pipeline.stages import epochs_of
 from rprune.pruning.base import METHODS
 from rprune.threat import ThreatModel
@@ -68,15 +68,19 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
 
 def _filled(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a table, with what the classes that it names say themselves."""
-    table = recipe.model_dump(mode="json")
-    for stage, entry in zip(recipe.stage, table["stage"], strict=True):
-        for name, registry in REGISTRIES.items():
-            if entry.get(name) is not None:
-                given = {"threat": ThreatModel("linf", "0")} if name == "objective" else {}
-                entry[name] = registry.describe(registry.build(entry[name], **given))
-        if isinstance(stage, PruneStage):
-            entry["epochs"] = epochs_of(stage)
-            entry["lr"] = METHODS.get(str(method_of(entry["method"]))).lr if stage.lr is None else stage.lr
+    return recipe.model_dump(mode="json") | {"stage": [described(stage) for stage in recipe.stage]}
+
+
+def described(stage: Section) -> dict[str, Any]:
+    """A stage as a table, with what the classes that it names say themselves."""
+    table = stage.model_dump(mode="json")
+    for name, registry in REGISTRIES.items():
+        if table.get(name) is not None:
+            given = {"threat": ThreatModel("linf", "0")} if name == "objective" else {}
+            table[name] = registry.describe(registry.build(table[name], **given))
+    if isinstance(stage, PruneStage):
+        table["epochs"] = epochs_of(stage)
+        table["lr"] = METHODS.get(str(method_of(table["method"]))).lr if stage.lr is None else stage.lr
     return table
 
 

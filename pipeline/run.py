@@ -43,6 +43,8 @@ from rprune.pipeline.stages import DENSE, check_stage, epochs_of, open_teacher, 
 from rprune.pipeline.trial import trial
 from rprune.pipeline.verdicts import Part
 from rprune.reports.gate import Policy, read_policy
+from rprune.reports.pairs import Source as Judged
+from rprune.reports.pairs import read_source
 from rprune.reports.schema import Report, read_report
 from rprune.training.world import world
 
@@ -74,16 +76,23 @@ class Runner:
         device: str = "auto",
         budget: float | None = None,
         trust_pickle: bool = False,
+        baseline: Path | None = None,
     ) -> None:
         """``folder``: where the recipe lies; its policy is looked for there. ``budget``: seconds for the whole run,
         into which stages fit by fewer epochs (:class:`Anytime`). ``trust_pickle``: code that the checkpoint names may
-        run. Nothing is written yet.
+        run. ``baseline``: the report, or its folder, that the policy's rules on drops compare with. Nothing is
+        written yet.
 
         Raises:
             UsageError, InputError: anything wrong with the recipe, its names, its policy or its data.
+            UsageError: rules on drops without a baseline, or a baseline without such rules.
+            InputError, IntegrityError: the baseline cannot be used, or is of other test data.
         """
         self.recipe, self.out, self.here = recipe, out, world()
-        self.policy: Policy | None = None if recipe.policy is None else read_policy(folder / recipe.policy)
+        self.policy: Policy | None = None
+        if recipe.policy is not None:
+            self.policy = read_policy(folder / recipe.policy, baseline is not None)
+        self.baseline = None if baseline is None else self._compared_with(baseline)
         start: Artifact | Foreign | None = None
         if recipe.checkpoint is not None:
             trust = reporter.warn if trust_pickle else None
@@ -94,6 +103,8 @@ class Runner:
         self.bench = Bench.open(recipe.data, threat, recipe.seed, device, reporter)
         self.bench.suites = recipe.suites
         self.bench.smoke = recipe.smoke or (isinstance(start, Artifact) and start.metadata.smoke)
+        if self.baseline is not None and not self.bench.smoke and not self.baseline.is_of(self.bench.data.test.digest):
+            raise InputError(f"{baseline} is of other test data", "a drop is judged on the same samples")
         self.bench.typed = named_code(recipe.model_dump(mode="json"))
         self.arch = architecture(recipe.model, self.bench.data)
         self.start = self._adopted(start)
@@ -207,6 +218,11 @@ class Runner:
         check_fits(start, self.bench.data)
         return start
 
+    def _compared_with(self, baseline: Path) -> Judged:
+        if self.policy is None or not self.policy.needs_baseline:
+            raise UsageError("no rule compares with --baseline", "write max_drop into the policy that the recipe names")
+        return read_source(baseline)
+
     def _teacher(self, folder: Path) -> Artifact | None:
         """The model file that a finetune stage names as its teacher."""
         for stage in self.recipe.stage:
@@ -245,6 +261,7 @@ class Runner:
                 "device": bench.device.type,
                 "teacher": self.teacher.identity if self.teacher and stage.kind == "finetune" else None,
                 "policy": self.policy.sha256 if self.policy and stage.kind == "export" else None,
+                "baseline": self.baseline.report.id if self.baseline and stage.kind == "export" else None,
                 "suites": [suites, referenced_files(suites)] if stage.kind == "export" else None,
                 "name": self.recipe.name if stage.kind == "export" else None,
                 "code": [source_digest(), referenced_files([stage.model_dump(mode="json"), self.arch.name])],
@@ -272,7 +289,7 @@ class Runner:
         if isinstance(stage, ExportStage):
             assert artifact is not None
             ran = self.recipe.model_copy(update={"stage": tuple(self.stages)})  # with the epochs of a budget
-            source = Source(self.recipe.name, ran.model_dump(mode="json"), self.policy)
+            source = Source(self.recipe.name, ran.model_dump(mode="json"), self.policy, self.baseline)
             export(self.bench, artifact, stage, partial, source, certificates)
             return
         made = run_stage(self.bench, stage, artifact, self.arch, partial / STATE, self._taught_by(stage, self._dense))
@@ -292,11 +309,12 @@ class Runner:
         return Outcome(stage.kind, folder, reused, artifact=load_artifact(folder, self.arch.name))
 
     def _lock(self) -> None:
-        """Write down recipe and policy before the first stage; an equal lock keeps its time."""
+        """Write down recipe, policy and baseline before the first stage; an equal lock keeps its time."""
         content: dict[str, Any] = {
             "recipe": self.recipe.model_dump(mode="json"),
             "policy": None if self.policy is None else self.policy.model_dump(mode="json"),
             "policy_sha256": None if self.policy is None else self.policy.sha256,
+            "baseline": None if self.baseline is None else self.baseline.report.id,
             "data": self.bench.record().model_dump(mode="json"),
         }
         path = self.out / "recipe.lock.json"

@@ -84,7 +84,7 @@ def open_target(
 
 
 def _open_shipped(path: Path, request: Request, reporter: Reporter, parents: Sequence[Path], compiled: bool) -> Opened:
-    report = path.with_name("report.json")
+    report, smoke = path.with_name("report.json"), False
     if request.arch is not None:
         raise UsageError("--arch is for rprune's own files", "leave it out: the file holds its network")
     if path.suffix == ".c" and not request.trust_c:
@@ -93,12 +93,12 @@ def _open_shipped(path: Path, request: Request, reporter: Reporter, parents: Seq
     quantized = guide is not None and is_quantized(guide)
     if report.is_file():
         table = read_json(report, "report")
-        request = _completed(request, table)
+        request, smoke = _completed(request, table), isinstance(table, dict) and bool(table.get("smoke"))
         beside = path.with_name("model.onnx")
         if quantized and not parents and beside.is_file() and beside != path:
             parents = (beside,)
     bench = open_data(request, reporter)
-    bench.device = CPU
+    bench.device, bench.smoke = CPU, smoke
     target, none = of_file(path, guide, tuple(parents), compiled)
     why = why or none
     _check_fits(path, target, bench)

@@ -13,10 +13,10 @@ from rprune.pipeline.recipe import CertifyStage, ExportStage, Recipe, Section, T
 from rprune.pipeline.stages import epochs_of
 from rprune.threat import ThreatModel
 
-SAMPLES = 64  # of each split
+SAMPLES = 16  # of each split
 BATCHES = 2  # of an epoch, at least
-ATTACKED, BOUNDED, SMOOTHED = 16, 8, 4  # test samples
-DRAWS = 100
+CERTIFIED = 2  # test samples
+GUESSES, DRAWS = 10, 100  # of smoothing; so many draws reach a radius of sigma
 LEAST = {"steps": 1, "restarts": 1, "targets": 2, "budget": 20, "eot": 2}  # fields of attacks
 SUITE = "smoke"
 
@@ -25,8 +25,8 @@ def smoked(recipe: Recipe) -> Recipe:
     """The same data, model and stages in the same order, each with the least of everything that takes time.
 
     One epoch of a few batches on ``SAMPLES`` images of each split, attacks of one step in training and in the suite,
-    few samples to attack and to certify, no checks of the attack's health. What a recipe names is still all built and
-    run, so that what fails in the middle of the night fails here.
+    few samples to certify, no checks of the attack's health. What a recipe names is still all built and run, so that
+    what fails in the middle of the night fails here.
 
     Raises UsageError for the name of an objective, an attack or a suite that is unknown.
     """
@@ -47,14 +47,15 @@ def smoked(recipe: Recipe) -> Recipe:
 def _cut(stage: Section, limit: int) -> Section:
     if isinstance(stage, CertifyStage):
         least = {
-            "limit": min(stage.limit or BOUNDED, BOUNDED),
-            "n0": min(stage.n0, DRAWS),
+            "limit": min(stage.limit or CERTIFIED, CERTIFIED),
+            "n0": min(stage.n0, GUESSES),
             "n": min(stage.n or DRAWS, DRAWS),
-            "smoothing_limit": min(stage.smoothing_limit, SMOOTHED),
+            "smoothing_limit": min(stage.smoothing_limit, CERTIFIED),
+            "radius": stage.radius and min(stage.radius, stage.sigma),  # few draws reach no further
         }
         return stage.model_copy(update=least)
     if isinstance(stage, ExportStage):
-        return stage.model_copy(update={"health": False, "limit": min(stage.limit or ATTACKED, ATTACKED)})
+        return stage.model_copy(update={"health": False})
     if not isinstance(stage, Trained) or not epochs_of(stage):
         return stage
     changes: dict[str, Any] = {"batch_size": min(stage.batch_size, max(1, limit // BATCHES))}

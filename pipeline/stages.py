@@ -341,7 +341,7 @@ def _fit(
         augment=bench.data.augment,
         validate=lambda net: _scores(bench, net, objective.attack_used),
         seed=derive(bench.seed, name),
-        on_epoch=lambda log: bench.reporter.epoch(name, log),
+        on_epoch=lambda log: bench.reporter.epoch(f"{name} smoke" if bench.smoke else name, log),
         state_file=state_file,
     )
     model.eval()

@@ -31,7 +31,8 @@ def event_files(report: Report) -> dict[str, bytes]:
     for entry in report.lineage:
         for i, row in enumerate(entry.history, 1):
             epoch = int(row.get("epoch", i))
-            name = f"{runs.name(entry.stage, epoch)}/events.out.tfevents.report"
+            stage = f"{entry.stage} smoke" if report.smoke else entry.stage  # as of a run that is going on
+            name = f"{runs.name(stage, epoch)}/events.out.tfevents.report"
             stream = files.setdefault(name, io.BytesIO())
             record.write(stream, epoch, now + entry.seconds * i / len(entry.history), row)
         now += entry.seconds

@@ -55,6 +55,8 @@ class PolicyRule(Part):
     def _one_bar(self) -> PolicyRule:
         if (self.value is None) == (self.max_drop is None):
             raise ValueError("give either value or max_drop")
+        if self.max_drop is not None and self.op != ">=":
+            raise ValueError("a drop has no op")
         return self
 
     @property
@@ -87,7 +89,7 @@ def read_policy(path: Path, baseline: bool = False) -> Policy:
     if policy.needs_baseline and not baseline:
         raise UsageError(
             f"policy {path} has max_drop, which needs a baseline",
-            "keep such rules in a file of their own, for 'rprune gate --policy FILE --baseline REPORT'",
+            "say against which report: 'rprune run' and 'rprune gate' take --baseline REPORT",
         )
     return policy
 

@@ -30,6 +30,10 @@ class Source:
     report: Report
     rows: list[dict[str, str]] | None
 
+    def is_of(self, test_split: str) -> bool:
+        """Whether it was measured on the test split of this digest: the same images and labels."""
+        return self.report.data.sha256 == test_split
+
     def right(self, claim: Claim) -> dict[tuple[str, str], bool] | str:
         """Whether each sample counts, by (index, label); or why its rows do not say so.
 
@@ -81,8 +85,8 @@ class Pairs:
 
     @property
     def same_data(self) -> bool:
-        """Both were measured on one test split: the same images and labels."""
-        return self.before.report.data.sha256 == self.after.report.data.sha256
+        """Both were measured on one test split."""
+        return self.before.is_of(self.after.report.data.sha256)
 
     def test(self, metric: str, artifact: str) -> PairedTest | str:
         """A share of a file in both reports, sample by sample; or why it cannot be compared so.

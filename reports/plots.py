@@ -28,7 +28,7 @@ from rprune.reports.canvas import (
 )
 from rprune.reports.claim_plots import accuracy
 from rprune.reports.schema import LineageEntry, Report
-from rprune.reports.text import number, percent, what, words
+from rprune.reports.text import SMOKE, number, percent, what, words
 
 SHARES = {  # dashes tell lines apart where colours do not
     "validation_accuracy": ("-", BLUE),
@@ -45,7 +45,10 @@ FEW = 12  # epochs up to which each has a dot of its own
 def plot_files(report: Report, form: Format = "svg") -> dict[str, bytes]:
     """Every plot as a file, by file name; the same bytes for the same report."""
     with styled():
-        return {f"{plot.name}.{form}": content(plot, form) for plot in plots(report)}
+        made = plots(report)
+        for plot in made if report.smoke else ():  # a picture travels without the page that says so
+            plot.figure.supxlabel(SMOKE.partition(":")[0], color="red", weight="bold")
+        return {f"{plot.name}.{form}": content(plot, form) for plot in made}
 
 
 def plots(report: Report) -> list[Plot]:

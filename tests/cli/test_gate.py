@@ -152,12 +152,11 @@ def test_reports_of_other_data_are_refused(call, bundles):
 
 
 def test_policy_with_a_drop_is_refused_before_any_work(call, bundles):
-    """Nothing but the gate has a baseline."""
+    """An export has no baseline, and this run names none."""
     (bundles / "recipe.toml").write_text(
         'rprune = 1\nname = "x"\npolicy = "gate.toml"\n[data]\nsource = "digits"\n[[stage]]\nkind = "train"\n'
     )
     for command in (
-        ("verify", "branch", "--policy", "gate.toml"),
         ("export", "model.pt", "--policy", "gate.toml", "-o", "new"),
         ("run", "recipe.toml", "-o", "new"),
     ):

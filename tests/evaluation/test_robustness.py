@@ -431,6 +431,41 @@ def test_steady_net_is_the_same_function_with_rows_of_their_own() -> None:
         assert torch.equal(again[1], gradient[part])
 
 
+class Sized(nn.Module):
+    """Notes the sizes of its calls; logits at ``other`` of them round in another way."""
+
+    def __init__(self, other: int = 0) -> None:
+        super().__init__()
+        self.other, self.sizes = other, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return x.flatten(1)[:, :3] + 1e-6 * (len(x) == self.other)
+
+
+def test_only_sizes_that_come_are_tried() -> None:
+    """A trial at all of them is most of what a short attack on a large net takes."""
+    sized = Sized()
+    rows = Rows(sized, 512)
+    rows(torch.rand(1040, *SHAPE))
+    rows(torch.rand(9, *SHAPE))
+    assert sized.sizes == [512, 32, 512, 512, 32, 32]
+    rows(torch.rand(40, *SHAPE))
+    assert sized.sizes[6:] == [64, 64]
+    rows(torch.rand(512, *SHAPE))
+    rows(torch.rand(500, *SHAPE))
+    assert sized.sizes[8:] == [512, 512]
+
+
+def test_a_size_that_rounds_otherwise_is_not_used() -> None:
+    sized = Sized(other=32)
+    rows, x = Rows(sized, 512), torch.rand(40, *SHAPE)
+    assert torch.equal(rows(x[:20]), x[:20].flatten(1)[:, :3])
+    assert sized.sizes == [512, 32, 512]
+    assert torch.equal(rows(x), x.flatten(1)[:, :3])
+    assert sized.sizes[3:] == [64, 64]
+
+
 def test_a_net_without_odd_sizes_is_not_copied() -> None:
     even = nn.Sequential(nn.Flatten(), nn.Linear(16, 32))
     assert steady(even) is even

@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from rprune.errors import InputError, UsageError
-from rprune.files import stored_key
+from rprune.files import stored_key, write_json
 from rprune.pipeline import run as run_module
 from rprune.pipeline.artifact import save_artifact
 from rprune.pipeline.bench import Silent
 from rprune.pipeline.recipe import read_recipe
 from rprune.pipeline.run import Runner
+from rprune.reports.gate import read_policy
+from rprune.reports.schema import read_report
+from rprune.reports.verify import verify
 
 RECIPE = """
 rprune = 1
@@ -170,6 +173,52 @@ def test_policy_judges_the_report(home):
     lock = json.loads((home / "out" / "recipe.lock.json").read_text())
     assert lock["policy_sha256"] == report.policy_sha256 == report.gate.policy_sha256
     assert lock["recipe"] == report.recipe
+
+
+DROP = '\n[[gate]]\nmetric = "clean_accuracy"\nartifact = "onnx-int8"\nmax_drop = 0.2\n'
+
+
+def against(folder: Path, baseline: Path | None, *settings: str) -> Runner:
+    recipe = read_recipe(folder / "recipe.toml", settings)
+    return Runner(recipe, folder, folder / "out", Silent(), "cpu", baseline=baseline)
+
+
+def test_drops_are_judged_against_a_baseline_that_is_locked(home, copy):
+    (copy / "gate.toml").write_text(GATE + DROP)
+    old = read_report(home / "out" / "export")
+    outcomes = against(copy, home / "out" / "export").run()
+    assert reused(outcomes) == [True] * 5 + [False]
+    gate = outcomes[-1].report.gate
+    assert (gate.result, gate.rules[-1].drop, gate.baseline.report) == ("passed", True, old.id)
+    assert json.loads((copy / "out" / "recipe.lock.json").read_text())["baseline"] == old.id
+    assert reused(against(copy, home / "out" / "export").run()) == [True] * 6
+    assert not against(copy, copy / "out" / "export").plan()[-1][2]  # with another baseline it is another gate
+    policy = read_policy(copy / "gate.toml", baseline=True)
+    found = verify(copy / "out" / "export", "static", policy)
+    assert found.passed
+    assert f"drops taken as told: hold them against report {old.id[:12]}" in next(
+        check.detail for check in found.checks if check.name == "gate"
+    )
+    report = outcomes[-1].report
+    easier = [*gate.rules[:-1], gate.rules[-1].model_copy(update={"threshold": 0.5})]
+    forged = report.model_copy(update={"gate": gate.model_copy(update={"rules": easier})}).sealed()
+    write_json(copy / "out" / "export" / "report.json", forged.to_json())
+    assert not verify(copy / "out" / "export", "static", policy).passed
+
+
+def test_baselines_that_make_no_sense_are_refused_before_any_work(home, copy):
+    with pytest.raises(UsageError, match="no rule compares"):
+        against(copy, home / "out" / "export")
+    (copy / "gate.toml").write_text(GATE + DROP)
+    with pytest.raises(UsageError) as error:
+        against(copy, None)
+    assert "--baseline REPORT" in error.value.hint
+    with pytest.raises(InputError, match="of other test data"):
+        against(copy, home / "out" / "export", "data.limit=20")
+    assert against(copy, home / "out" / "export", "smoke=true").policy.needs_baseline
+    (copy / "gate.toml").write_text(GATE + DROP + 'op = "<="\n')
+    with pytest.raises(UsageError, match="a drop has no op"):
+        against(copy, home / "out" / "export")
 
 
 def test_lock_comes_before_the_first_stage(home, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from rprune.errors import UsageError
 from rprune.objectives.base import OBJECTIVES
 from rprune.pipeline.artifact import load_artifact
 from rprune.pipeline.bench import Bench, Silent
+from rprune.pipeline.certifying import smoothing_of
 from rprune.pipeline.recipe import DataSection, PruneStage, read_recipe, shipped_recipes
 from rprune.pipeline.run import Runner
 from rprune.pipeline.single import Request, open_model
@@ -59,16 +60,22 @@ def test_what_is_named_stays_and_what_takes_time_is_cut(read):
     assert (train.objective["name"], train.objective["beta"], train.objective["attack"]["steps"]) == ("trades", 3.0, 1)
     assert train.warmup == pytest.approx(5 / 30)
     assert (pruned.sparsity, pruned.method, pruned.objective) == (0.5, "harp", None)
-    assert certify.n == 100
+    assert (certify.n0, certify.n, certify.radius) == (10, 100, None)
     assert [a.label for a in suite(export.suite, cut.suites)] == [a.label for a in SUITES["aa-standard"]]
     assert not export.health
 
 
 def test_limits_of_the_recipe_that_are_smaller_stay(read):
     cut = read(
-        "smoke=true", "data.limit=16", "stage.export.limit=3", "stage.certify.limit=2", "stage.train.batch_size=4"
+        "smoke=true", "data.limit=12", "stage.export.limit=3", "stage.certify.limit=1", "stage.train.batch_size=4"
     )
-    assert (cut.data.limit, cut.stage[-1].limit, cut.stage[-2].limit, cut.stage[0].batch_size) == (16, 3, 2, 4)
+    assert (cut.data.limit, cut.stage[-1].limit, cut.stage[-2].limit, cut.stage[0].batch_size) == (12, 3, 1, 4)
+
+
+def test_few_draws_reach_the_radius_that_is_left(read):
+    cut = read("smoke=true", "stage.certify.radius=0.5", "stage.certify.sigma=0.25").stage[-2]
+    assert cut.radius < smoothing_of(cut, ThreatModel("linf", "0.1"), 64)[0].reach(64)
+    assert read("smoke=true", "stage.certify.radius=0.1").stage[-2].radius == 0.1
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

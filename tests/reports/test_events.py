@@ -113,3 +113,10 @@ def test_command_writes_a_run_for_each_stage(tmp_path: Path, read: Any) -> None:
     assert not end.value.code
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["finetune", "prune", "train"]
     assert len(read(tmp_path / "logs" / "prune")["gamma"]) == 20
+
+
+def test_a_smoke_run_says_so_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = SimpleNamespace(write=lambda stream, *_: stream.write(b"."))
+    monkeypatch.setattr("rprune.reports.events._Records", lambda: written)
+    assert "train-smoke/events.out.tfevents.report" in event_files(sample.sample_report(None, smoke=True))
+    assert "train/events.out.tfevents.report" in event_files(sample.sample_report(None))
