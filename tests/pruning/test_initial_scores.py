@@ -94,7 +94,7 @@ def test_methods_start_from_the_named_scores(load_helper, method):
 
 @pytest.mark.parametrize("method", ["hydra", "harp", "edge-popup"])
 def test_a_misspelt_kind_is_refused_with_the_recipe(method):
-    with pytest.raises(UsageError, match="unknown initial_scores in method .*'kaiming'") as caught:
+    with pytest.raises(UsageError, match=r"unknown initial_scores in method .*'kaiming'") as caught:
         METHODS.build({"name": method, "initial_scores": "kaiming"})
     assert "did you mean 'kaiming-normal'?" in caught.value.hint
 
