@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,7 +86,7 @@ def certify(
         return
     from rprune.errors import UsageError
     from rprune.evaluation.certificates import SmoothedSet
-    from rprune.files import partial_of, refuse_overwrite, write_json
+    from rprune.files import refuse_overwrite, write_json
     from rprune.locks import working_on
     from rprune.pipeline.certificate import sealed
     from rprune.pipeline.certifying import CLAIMS, threat_of
@@ -139,12 +138,9 @@ def certify(
         else:
             bench, source = open_model(model, request, reporter)
             written = 0
-            found = run_certify(bench, source, stage, part)
             if vnnlib is not None and world().first:
-                beside = partial_of(vnnlib)
-                shutil.rmtree(beside, ignore_errors=True)
-                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, beside)
-                beside.replace(vnnlib)
+                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, vnnlib)
+            found = run_certify(bench, source, stage, part)
         if not world().first:
             return
         found = sealed(found, model)
