@@ -19,6 +19,7 @@ from rprune.errors import InputError, IntegrityError, RpruneError, UsageError, W
 KEY_FILE = "key.json"
 LOCK = ".lock"  # in a folder that one process at a time works in (rprune.locks)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # half a character, or half of a pair
 MOST_TEXT = 1 << 27  # bytes of a JSON or TOML file; a certificate of 50,000 samples has some 20 MB
 
 
@@ -106,10 +107,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, readable_json(value))
 
 
+def parsed_json(text: str) -> Any:
+    """JSON that a stranger may have written. Raises ValueError and RecursionError.
+
+    Half a character (a lone surrogate) is refused here: no later step could write, print or digest it.
+    """
+    value = json.loads(text)
+    if HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a character stands in it, which is no text") from None
+    return value
+
+
 def read_json(path: Path, what: str) -> Any:
     """Raises InputError when the file is not there, not JSON, or larger than 128 MiB."""
     try:
-        return json.loads(_text(path))
+        return parsed_json(_text(path))
     except FileNotFoundError:
         raise InputError(f"{what} {path} is not there", "check the path") from None
     except (ValueError, OSError, RecursionError) as error:

@@ -5,7 +5,6 @@ docs/models.md says what rprune does with each kind.
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
 import zipfile
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from rprune.errors import InputError
+from rprune.files import parsed_json
 from rprune.pipeline.pickles import WIDTHS, Pickle, read_pickle
 
 Kind = Literal[
@@ -180,7 +180,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         held = path.stat().st_size - 8 - size
         try:
-            header = json.loads(file.read(min(size, _HEADER_LIMIT)))
+            header = parsed_json(file.read(min(size, _HEADER_LIMIT)).decode())
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} has a damaged header: {error}", hint) from None
     if not isinstance(header, dict) or not _texts(header.get("__metadata__", {})):

@@ -6,13 +6,13 @@ its symbolic shapes as Python and call any function of torch by name. None of th
 
 from __future__ import annotations
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError
+from rprune.files import parsed_json
 from rprune.pipeline.intake import member, opened, top
 from rprune.pipeline.pickles import WIDTHS, Stored
 
@@ -89,7 +89,7 @@ def _int(number: Any) -> int:
 
 def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(member(archive, name, MOST_JSON))
+        found = parsed_json(member(archive, name, MOST_JSON).decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{archive.filename}: {name!r:.80} cannot be read: {error!s:.80}", HINT) from None
     if not isinstance(found, dict):

@@ -453,9 +453,22 @@ def test_names_in_a_report_cannot_write_the_verdict(poisoned, call, tmp_path) ->
     assert said.code == 5
     assert not any(line.startswith("VERIFIED") for line in said.out.splitlines())
     assert not {"\x1b", "\u202e"} & set(said.out)
-    for key, words in ((spoof, "VERIFIED"), ("\ud800", "unicode")):
+    for key, words in ((spoof, "VERIFIED"), ("\ud800", "half a character")):
         (poisoned.folder / "report.json").write_text(json.dumps(poisoned.table | {key: 1}))
         assert words in call("verify", poisoned.folder, cwd=tmp_path).refused(3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["verify out", "gate out --min sparsity=0.5", "compare out out", "report out", "report out --json",
+     *(f"report out --{form} there" for form in ("html", "markdown", "card", "bom", "intoto", "robustbench", "plots"))],
+)  # fmt: skip
+def test_half_a_character_is_no_text(poisoned, call, line) -> None:
+    poisoned.table["evidence"]["samples"] = poisoned.table["environment"]["cpu"] = "a\ud800"
+    (poisoned.folder / "report.json").write_text(json.dumps(poisoned.table))
+    said = call(*line.replace("out", poisoned.folder.name).split(), cwd=poisoned.folder.parent)
+    assert "half a character" in said.refused(3)
+    assert not (poisoned.folder.parent / "there").exists()
 
 
 @pytest.mark.parametrize("key", ["samples", "witnesses"])
