@@ -38,9 +38,21 @@ def seal_of(table: Mapping[str, Any]) -> str:
     return digest_of({key: value for key, value in table.items() if key != "digest"})
 
 
+def is_endless(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device: reading one may wait, or go on, for ever."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def readable(path: Path) -> Path:
+    """The path again. Raises InputError when :func:`is_endless`."""
+    if is_endless(path):
+        raise InputError(f"{path} is a pipe or a device, not a file", "put its content into a file")
+    return path
+
+
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    """sha256 of a file's bytes. Raises InputError for what :func:`readable` refuses."""
+    with readable(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -142,7 +154,7 @@ def read_toml(path: Path, what: str, hint: str) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    with path.open("rb") as file:
+    with readable(path).open("rb") as file:
         content = file.read(MOST_TEXT + 1)
     if len(content) > MOST_TEXT:
         raise ValueError(f"it is larger than {MOST_TEXT >> 20} MiB")
@@ -150,14 +162,19 @@ def _text(path: Path) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file that a stranger calls ``name``. Raises IntegrityError when it, or a link on the way, leads outside."""
+    """The file that a stranger calls ``name``.
+
+    Raises IntegrityError when it, or a link on the way, leads outside, and when it is a pipe or a device.
+    """
     try:
         path = (folder / name).resolve()
-        within = path.is_relative_to(folder.resolve())
+        within, endless = path.is_relative_to(folder.resolve()), is_endless(path)
     except (OSError, ValueError, RuntimeError):  # names that no file can have, and links in a circle
-        within = False
+        within = endless = False
     if not within:
         raise IntegrityError(f"{folder} names {name}, outside itself", "do not trust this folder")
+    if endless:
+        raise IntegrityError(f"{folder} names {name}, a pipe or a device", "do not trust this folder")
     return path
 
 
