@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rprune.errors import InputError
 from rprune.export import gaps
 from rprune.export.gaps import Gaps
-from rprune.export.packed_table import FORMAT, Kind, Scale, Stored, Table, parse
+from rprune.export.packed_table import FORMAT, Kind, Scale, StoredWeight, Table, parse
 from rprune.export.streams import decompress, from_planes, from_zigzag, load
 
 TABLE = "graph"
@@ -168,7 +168,7 @@ def _weights(table: Table, gap_bytes: bytes, value_bytes: bytes) -> dict[str, Ar
     return found
 
 
-def _weight(stored: Stored, gap: Array | None, values: Array, levels: Array, shape: tuple[int, ...]) -> Array:
+def _weight(stored: StoredWeight, gap: Array | None, values: Array, levels: Array, shape: tuple[int, ...]) -> Array:
     if values.dtype == np.int8 and bool((values == -128).any()):
         raise InputError("an entry is -128")
     if values.dtype == np.float32 and not bool(np.isfinite(values).all()):
