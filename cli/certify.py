@@ -7,8 +7,9 @@ import typer
 from rich.text import Text
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, percent, plain, print_json, print_table, stdout
+from rprune.cli.console import ProgressLines, note, percent, print_json, print_table, stdout
 from rprune.cli.launch import launched
+from rprune.errors import one_line
 
 if TYPE_CHECKING:
     from rprune.pipeline.single import Request
@@ -192,7 +193,7 @@ def _check(certificate: Path, request: Request, samples: int, as_json: bool, qui
         for name, detail in check(certificate, request, reporter, samples):
             done.append({"name": name, "detail": detail})
             if not as_json:
-                stdout.print(Text.assemble(Text("✓", "green"), plain(f" {name:<14} {detail}")))
+                stdout.print(Text.assemble(Text("✓", "green"), one_line(f" {name:<14} {detail}")))
     if as_json:
         print_json({"certificate": str(certificate), "holds": True, "checks": done})
     else:

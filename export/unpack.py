@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rprune.errors import InputError
+from rprune.errors import InputError, printable
 from rprune.export import gaps
 from rprune.export.gaps import Gaps
 from rprune.export.packed_table import FORMAT, Kind, Scale, StoredWeight, Table, parse
@@ -74,8 +74,7 @@ def unpack(file: bytes) -> Packed:
     except MemoryError:
         reason = "it needs more memory than there is"
     # the file's own words may be part of it
-    reason = "".join(sign if sign.isprintable() else " " for sign in reason)
-    raise InputError(f"not a sound packed file: {reason:.300}", HINT)
+    raise InputError(f"not a sound packed file: {printable(reason, 300)}", HINT)
 
 
 def sizes(file: bytes) -> dict[str, int]:

@@ -72,9 +72,8 @@ def _stored(archive: zipfile.ZipFile, path: Path, folder: str, name: str, entry:
         sizes, strides = ([_int(n) for n in meta[field]] for field in ("sizes", "strides"))
         held = archive.getinfo(key).file_size
         kind = SCALARS[meta["dtype"]]
-        found = StoredTensor(
-            kind, tuple(sizes), tuple(strides), _int(meta["storage_offset"]), key, held // WIDTHS[kind]
-        )
+        offset, entries = _int(meta["storage_offset"]), held // WIDTHS[kind]
+        found = StoredTensor(kind, tuple(sizes), tuple(strides), offset, key, entries)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {name!r:.80} is no tensor of it: {error!r:.80}", HINT) from None
     if len(sizes) != len(strides) or not found.fits:
