@@ -60,9 +60,14 @@ EXIT_CODES = {
 
 
 def printable(text: str, most: int = 120) -> str:
-    """What a file says, for people: control characters and what is no character escaped, and cut."""
+    """A name that a file says, for people: control characters and what is no character escaped, and cut."""
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: most + 1])
     return shown if len(text) <= most else shown[:most] + "..."
+
+
+def one_line(text: str) -> str:
+    """Nothing but signs: what a stranger's file says can neither move the cursor nor begin a line."""
+    return "".join(sign if sign.isprintable() or sign == "\u00a0" else " " for sign in text)
 
 
 def first_line(error: BaseException, most: int = 160) -> str:

@@ -19,6 +19,7 @@ from rprune.errors import InputError, IntegrityError, RpruneError, UsageError, W
 KEY_FILE = "key.json"
 LOCK = ".lock"  # in a folder that one process at a time works in (rprune.locks)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # half a character, or half of a pair
 MOST_TEXT = 1 << 27  # bytes of a JSON or TOML file; a certificate of 50,000 samples has some 20 MB
 
 
@@ -37,9 +38,21 @@ def seal_of(table: Mapping[str, Any]) -> str:
     return digest_of({key: value for key, value in table.items() if key != "digest"})
 
 
+def is_endless(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device: reading one may wait, or go on, for ever."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def readable(path: Path) -> Path:
+    """The path again. Raises InputError when :func:`is_endless`."""
+    if is_endless(path):
+        raise InputError(f"{path} is a pipe or a device, not a file", "put its content into a file")
+    return path
+
+
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    """sha256 of a file's bytes. Raises InputError for what :func:`readable` refuses."""
+    with readable(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -106,10 +119,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, readable_json(value))
 
 
+def parsed_json(text: str) -> Any:
+    """JSON that a stranger may have written. Raises ValueError and RecursionError.
+
+    Half a character (a lone surrogate) is refused here: no later step could write, print or digest it.
+    """
+    value = json.loads(text)
+    if HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a character stands in it, which is no text") from None
+    return value
+
+
 def read_json(path: Path, what: str) -> Any:
     """Raises InputError when the file is not there, not JSON, or larger than 128 MiB."""
     try:
-        return json.loads(_text(path))
+        return parsed_json(_text(path))
     except FileNotFoundError:
         raise InputError(f"{what} {path} is not there", "check the path") from None
     except (ValueError, OSError, RecursionError) as error:
@@ -138,7 +165,7 @@ def read_toml(path: Path, what: str, hint: str) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    with path.open("rb") as file:
+    with readable(path).open("rb") as file:
         content = file.read(MOST_TEXT + 1)
     if len(content) > MOST_TEXT:
         raise ValueError(f"it is larger than {MOST_TEXT >> 20} MiB")
@@ -146,14 +173,19 @@ def _text(path: Path) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file that a stranger calls ``name``. Raises IntegrityError when it, or a link on the way, leads outside."""
+    """The file that a stranger calls ``name``.
+
+    Raises IntegrityError when it, or a link on the way, leads outside, and when it is a pipe or a device.
+    """
     try:
         path = (folder / name).resolve()
-        within = path.is_relative_to(folder.resolve())
+        within, endless = path.is_relative_to(folder.resolve()), is_endless(path)
     except (OSError, ValueError, RuntimeError):  # names that no file can have, and links in a circle
-        within = False
+        within = endless = False
     if not within:
         raise IntegrityError(f"{folder} names {name}, outside itself", "do not trust this folder")
+    if endless:
+        raise IntegrityError(f"{folder} names {name}, a pipe or a device", "do not trust this folder")
     return path
 
 

@@ -98,8 +98,8 @@ def decoding(count: int = 60) -> float:
     from PIL import Image
 
     from rprune.data.crops import NUMBERS
+    from rprune.data.places import ImagePlace
     from rprune.data.splits import read_image
-    from rprune.data.stored import Stored
 
     generator = np.random.RandomState(0)
     noise = Image.fromarray(generator.randint(0, 256, (24, 32, 3)).astype(np.uint8))
@@ -110,7 +110,7 @@ def decoding(count: int = 60) -> float:
         path.write_bytes(content.getvalue())
         begun = time.process_time()
         for numbers in generator.random_sample((count, NUMBERS)):
-            read_image(Stored(path), (3, 224, 224), numbers)
+            read_image(ImagePlace(path), (3, 224, 224), numbers)
         return 1e3 * (time.process_time() - begun) / count
 
 

@@ -39,7 +39,7 @@ from rprune.cli.signals import ended_gently
 from rprune.cli.train import train
 from rprune.cli.unpack import unpack
 from rprune.cli.verify import verify
-from rprune.errors import EXIT_CODES, Interrupted, RpruneError, WorkError
+from rprune.errors import EXIT_CODES, InputError, Interrupted, RpruneError, WorkError
 from rprune.files import unwritable
 from rprune.reports.energy import intensity
 
@@ -113,10 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "torchvision"):
+        package = (error.name or "rprune").partition(".")[0]
+        if package == "rprune":
             _internal(error)
-        print_error(RpruneError(f"this command needs {error.name}", "pip install rprune brings it"))
-        sys.exit(3)
+        print_error(InputError(f"this command needs {package}", "pip install rprune brings it"))
+        sys.exit(InputError.exit_code)
     except Exception as error:
         if _out_of_memory(error):
             print_error(WorkError("out of memory", MEMORY_HINT))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,8 +7,9 @@ import typer
 from rich.text import Text
 
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, note, percent, plain, print_json, print_smoke, print_table, stdout
+from rprune.cli.console import ProgressLines, note, percent, print_json, print_smoke, print_table, stdout
 from rprune.cli.launch import launched
+from rprune.errors import one_line
 
 if TYPE_CHECKING:
     from rprune.pipeline.single import Request
@@ -89,7 +89,7 @@ def certify(
     from rprune.cli.work import print_config
     from rprune.errors import UsageError
     from rprune.evaluation.certificates import SmoothedSet
-    from rprune.files import partial_of, refuse_overwrite, write_json
+    from rprune.files import refuse_overwrite, write_json
     from rprune.locks import working_on
     from rprune.pipeline.certificate import sealed
     from rprune.pipeline.certifying import CLAIMS, threat_of
@@ -146,12 +146,9 @@ def certify(
         else:
             bench, source = open_model(model, request, reporter)
             written = 0
-            found = run_certify(bench, source, stage, part)
             if vnnlib is not None and world().first:
-                beside = partial_of(vnnlib)
-                shutil.rmtree(beside, ignore_errors=True)
-                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, beside)
-                beside.replace(vnnlib)
+                written = write_properties(bench, source, threat_of(bench, stage), stage.limit, vnnlib)
+            found = run_certify(bench, source, stage, part)
         if not world().first:
             return
         found = sealed(found, model)
@@ -204,7 +201,7 @@ def _check(certificate: Path, request: Request, samples: int, as_json: bool, qui
         for name, detail in check(certificate, request, reporter, samples):
             done.append({"name": name, "detail": detail})
             if not as_json:
-                stdout.print(Text.assemble(Text("✓", "green"), plain(f" {name:<14} {detail}")))
+                stdout.print(Text.assemble(Text("✓", "green"), one_line(f" {name:<14} {detail}")))
     if as_json:
         print_json({"certificate": str(certificate), "holds": True, "checks": done})
     else:

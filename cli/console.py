@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from rprune.errors import InputError, RpruneError, UsageError
+from rprune.errors import InputError, RpruneError, UsageError, one_line
 
 if TYPE_CHECKING:
     from rprune.pipeline.artifact import Artifact
@@ -35,14 +35,9 @@ SHOWN_ROLES = ("onnx", "onnx-int8", "onnx-compact", "packed", "c")
 SHOWN = {"loss": "loss", "kept_share": "kept", "validation_accuracy": "clean", "validation_robust": "robust"}
 
 
-def plain(text: str) -> str:
-    """One line of nothing but signs: what a stranger's file says can neither move the cursor nor begin a line."""
-    return "".join(sign if sign.isprintable() or sign == "\u00a0" else " " for sign in text)
-
-
 def note(text: str) -> None:
     """A remark for people."""
-    stderr.print(Text(plain(text)))
+    stderr.print(Text(one_line(text)))
 
 
 def print_json(value: Any) -> None:
@@ -56,9 +51,9 @@ def print_error(error: RpruneError) -> None:
         if isinstance(error, UsageError | InputError):
             return
         place, where = Console(stderr=True, highlight=False, soft_wrap=True), f"[process {os.environ['RANK']}] "
-    place.print(Text.assemble(where, ("error: ", "bold red"), plain(error.message)))
+    place.print(Text.assemble(where, ("error: ", "bold red"), one_line(error.message)))
     if error.hint:
-        place.print(Text.assemble(where, ("hint: ", "cyan"), plain(error.hint)))
+        place.print(Text.assemble(where, ("hint: ", "cyan"), one_line(error.hint)))
 
 
 def print_smoke(smoke: bool) -> None:
@@ -72,7 +67,7 @@ def print_smoke(smoke: bool) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> None:
     """A table; columns of numbers stand to the right, unless all are ``words``."""
     table = Table(
-        title=Text(plain(title), "table.title"),
+        title=Text(one_line(title), "table.title"),
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -83,7 +78,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         text = all(not row[index][:1] or row[index][:1].isalpha() or "/" in row[index][1:2] for row in rows)
         table.add_column(column, justify="left" if index == 0 or words or text else "right")
     for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     stdout.print(table)
 
 
@@ -309,7 +304,7 @@ def print_health(claim: Claim) -> None:
     if not claim.health.failed:
         stdout.print(Text(f"attack health: ok, {len(claim.health.checks)} checks"))
     for check in claim.health.failed:
-        stdout.print(Text(plain(f"UNRELIABLE {check.id} {check.name}: {check.detail}"), style="bold red"))
+        stdout.print(Text(one_line(f"UNRELIABLE {check.id} {check.name}: {check.detail}"), style="bold red"))
 
 
 def print_report(report: Report, where: str) -> None:
@@ -358,5 +353,5 @@ def print_gate(gate: Gate) -> None:
     wide = max(28, *(len(judged(rule)) for rule in gate.rules))
     for rule in gate.rules:
         mark = Text("✓", "green") if rule.passed else Text("✗", "bold red")
-        stdout.print(Text.assemble(mark, plain(f" {judged(rule):<{wide}} {rule.message}  ({rule.artifact})")))
+        stdout.print(Text.assemble(mark, one_line(f" {judged(rule):<{wide}} {rule.message}  ({rule.artifact})")))
     stdout.print(Text(verdict(gate), "bold green" if gate.result == "passed" else "bold red"))

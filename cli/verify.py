@@ -8,8 +8,8 @@ from rich.text import Text
 
 from rprune.cli import completion
 from rprune.cli import options as o
-from rprune.cli.console import ProgressLines, plain, print_json, print_smoke, stdout
-from rprune.errors import unknown_name
+from rprune.cli.console import ProgressLines, print_json, print_smoke, stdout
+from rprune.errors import one_line, unknown_name
 
 REATTACK = "reattack"
 
@@ -72,11 +72,11 @@ def verify(
     else:
         for check in found.checks:
             mark = Text("✓", "green") if check.passed else Text("✗", "bold red")
-            stdout.print(Text.assemble(mark, plain(f" {check.name:<36} {check.detail}")))
+            stdout.print(Text.assemble(mark, one_line(f" {check.name:<36} {check.detail}")))
         words = f"VERIFIED level={level}" if found.passed else "NOT VERIFIED"
         stdout.print(Text(words, "bold green" if found.passed else "bold red"))
         if found.passed and found.unread:
-            stdout.print(Text(plain(f"by their hash alone: {', '.join(found.unread)}")))
+            stdout.print(Text(one_line(f"by their hash alone: {', '.join(found.unread)}")))
         print_smoke(found.smoke)
     if not found.integrity:
         raise typer.Exit(5)

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from rprune.data.places import ImagePlaces, Names
 from rprune.data.splits import Labels
-from rprune.data.stored import Names, Store
 from rprune.errors import InputError
 
 LAYOUT = "a shard holds KEY.jpg (jpeg, png, webp) and KEY.cls, the class index as text, for every sample"
@@ -30,7 +30,7 @@ def shards_of(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{split}-*") if _SHARD.search(path.name))
 
 
-def indexed(shards: Sequence[Path]) -> tuple[Store, Labels]:
+def indexed(shards: Sequence[Path]) -> tuple[ImagePlaces, Labels]:
     """The images of at least one shard, in order, and their labels. Reads the headers and the labels alone.
 
     Raises:
@@ -41,7 +41,7 @@ def indexed(shards: Sequence[Path]) -> tuple[Store, Labels]:
     counts = [len(labels) for *_, labels in tables]
     member, offset, size, labels = (np.concatenate(column) for column in zip(*tables, strict=True))
     files = np.array([os.fsencode(path) for path in shards], np.bytes_)
-    return Store(files, np.repeat(np.arange(len(counts)), counts), member, offset, size), labels
+    return ImagePlaces(files, np.repeat(np.arange(len(counts)), counts), member, offset, size), labels
 
 
 def class_names(file: Path) -> tuple[str, ...] | None:

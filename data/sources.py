@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from rprune.data.archive import read_npz
+from rprune.data.places import ImagePlaces
 from rprune.data.shards import LAYOUT, MAX_CLASSES, class_names, indexed, shards_of
 from rprune.data.splits import (
     ArraySplit,
@@ -26,7 +27,6 @@ from rprune.data.splits import (
     hold_out,
     opened,
 )
-from rprune.data.stored import Store
 from rprune.errors import InputError, UsageError, unknown_name
 from rprune.threat import ThreatModel
 
@@ -176,7 +176,7 @@ def _imagefolder(place: str) -> _Found:
             raise InputError(
                 f"no images below {base}", f"put images in one sub-folder a class; known suffixes: {known}"
             )
-        return Store.whole(paths), np.array(labels, np.int64)
+        return ImagePlaces.whole(paths), np.array(labels, np.int64)
 
     train, test = listed(train_root), None if test_root is None else listed(test_root)
     return _of_images(f"imagefolder:{folder}", query, classes, train, test)
@@ -190,10 +190,10 @@ def _webdataset(place: str) -> _Found:
         raise InputError(f"data folder {root} is not there", f"give a folder with shards train-*.tar; {LAYOUT}")
 
     def listed(shards: list[Path]) -> _Listed:
-        store, labels = indexed(shards)
-        if not len(store):
+        places, labels = indexed(shards)
+        if not len(places):
             raise InputError(f"no images in {shards[0]}{' and the other shards' if shards[1:] else ''}", LAYOUT)
-        return store, labels
+        return places, labels
 
     train_shards, test_shards = shards_of(root, "train"), shards_of(root, "test") or shards_of(root, "val")
     if not train_shards:
@@ -210,7 +210,7 @@ def _webdataset(place: str) -> _Found:
     return _of_images(f"webdataset:{folder}", query, classes, train, test)
 
 
-_Listed = tuple[Store, Labels]
+_Listed = tuple[ImagePlaces, Labels]
 
 
 def _of_images(
@@ -230,17 +230,17 @@ def _of_images(
     shape = (channels, height, width)
 
     def split(name: str, images: _Listed) -> Split:
-        store, labels = images
-        for stored in store if size is None else ():
-            with opened(stored) as image:
+        places, labels = images
+        for place in places if size is None else ():
+            with opened(place) as image:
                 if image.size != (width, height):
                     raise InputError(
-                        f"{stored} is {image.width}x{image.height}, others {width}x{height}",
+                        f"{place} is {image.width}x{image.height}, others {width}x{height}",
                         f"name one size: {source}?size=64",
                     )
         # folders come class by class; a fixed order at random makes every prefix a fair sample
-        order = np.random.RandomState(0).permutation(len(store))
-        found = FileSplit(name, store.select(order), labels[order], shape)
+        order = np.random.RandomState(0).permutation(len(places))
+        found = FileSplit(name, places.select(order), labels[order], shape)
         resident = len(found) * channels * height * width <= RESIDENT_BYTES
         return ArraySplit(name, found.pixels(0, len(found)), found.labels) if resident else found
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rprune.data.crops import Numbers, flips, windows
-from rprune.data.stored import Store, Stored
+from rprune.data.places import ImagePlace, ImagePlaces
 from rprune.errors import InputError
 from rprune.threat import ThreatModel
 
@@ -64,7 +64,7 @@ class FileSplit:
     """Images that do not fit in memory; each is resized to ``shape`` and centre-cropped when it is read."""
 
     name: str
-    store: Store
+    places: ImagePlaces
     labels: Labels
     shape: tuple[int, int, int]
 
@@ -82,17 +82,17 @@ class FileSplit:
 
         def fill(indices: NDArray[np.int64]) -> None:
             for i in indices.tolist():
-                hashes[i] = np.frombuffer(hashlib.sha256(self.store[i].read()).digest(), np.uint8)
+                hashes[i] = np.frombuffer(hashlib.sha256(self.places[i].read()).digest(), np.uint8)
 
         with ThreadPoolExecutor() as pool:  # reading and sha256 run side by side
-            for _ in pool.map(fill, np.array_split(self.store.as_on_disk(), len(self) // 256 + 1)):
+            for _ in pool.map(fill, np.array_split(self.places.as_on_disk(), len(self) // 256 + 1)):
                 pass
         labels = self.labels.astype("<i8")[:, None].view(np.uint8)
         return hashlib.sha256(repr(self.shape).encode() + np.hstack([hashes, labels]).tobytes()).hexdigest()
 
     def select(self, indices: NDArray[np.int64] | slice, name: str | None = None) -> FileSplit:
         chosen = np.arange(len(self))[indices]
-        return FileSplit(name or self.name, self.store.select(chosen), self.labels[chosen], self.shape)
+        return FileSplit(name or self.name, self.places.select(chosen), self.labels[chosen], self.shape)
 
     def pixels(self, start: int, stop: int) -> Images:
         return self.read(np.arange(len(self))[start:stop])
@@ -101,7 +101,7 @@ class FileSplit:
         """These images ``(b, *shape)``; random crops where ``numbers`` (b, NUMBERS) say which."""
         rows = itertools.repeat(None) if numbers is None else numbers
         return np.stack(
-            [read_image(self.store[i], self.shape, row) for i, row in zip(ids.tolist(), rows, strict=False)]
+            [read_image(self.places[i], self.shape, row) for i, row in zip(ids.tolist(), rows, strict=False)]
         )
 
 
@@ -153,11 +153,11 @@ def at_most(split: Split, limit: int | None) -> Split:
 
 
 @contextmanager
-def opened(stored: Stored) -> Iterator[Any]:
+def opened(place: ImagePlace) -> Iterator[Any]:
     """A PIL image; InputError when it cannot be opened or decoded."""
     from PIL import Image, UnidentifiedImageError
 
-    content = stored.read()
+    content = place.read()
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -166,12 +166,12 @@ def opened(stored: Stored) -> Iterator[Any]:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"cannot read image {stored}: it is in no known format", "remove or repair the file") from None
+        raise InputError(f"cannot read image {place}: it is in no known format", "remove or repair the file") from None
     except Exception as error:  # decoders raise whatever damaged bytes cause
-        raise InputError(f"cannot read image {stored}: {error}", "remove or repair the file") from None
+        raise InputError(f"cannot read image {place}: {error}", "remove or repair the file") from None
 
 
-def read_image(stored: Stored, shape: tuple[int, int, int], numbers: Numbers | None = None) -> Images:
+def read_image(place: ImagePlace, shape: tuple[int, int, int], numbers: Numbers | None = None) -> Images:
     """Decode an image to uint8 ``shape``: resize the short side, then crop the centre.
 
     With ``numbers`` (NUMBERS,) a random window of it is resized to the shape, and perhaps mirrored
@@ -181,7 +181,7 @@ def read_image(stored: Stored, shape: tuple[int, int, int], numbers: Numbers | N
 
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
-    with opened(stored) as file:
+    with opened(place) as file:
         if numbers is not None:
             image = _window(file, windows(file.height, file.width, numbers[None])[0], mode, (width, height))
             if flips(numbers[None])[0]:

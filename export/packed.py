@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from rprune.errors import InputError, first_line
 from rprune.export import gaps
 from rprune.export.gaps import Gaps
-from rprune.export.packed_table import FORMAT, MOST_LEVELS, Kind, Scale, Stored
+from rprune.export.packed_table import FORMAT, MOST_LEVELS, Kind, Scale, StoredWeight
 from rprune.export.streams import compress, planes, save, zigzag
 from rprune.export.unpack import HINT, TABLE, Array, Packed, unpack
 from rprune.files import canonical_json
@@ -174,7 +174,7 @@ def pack(content: Packed) -> bytes:
 class _Coded:
     """A weight as ``gaps`` and entries: bytes (integers, or codes of ``floats``), or ``floats`` themselves."""
 
-    stored: Stored
+    stored: StoredWeight
     gaps: Array
     codes: Array
     floats: Array
@@ -192,7 +192,7 @@ def _coded(weight: Array) -> _Coded:
     sparse = gaps.encode(flat)
     # a dense layer takes fewer bytes as it is
     kind, found = (sparse.gaps.dtype.name, sparse) if sparse.nbytes < flat.nbytes else ("none", Gaps(none, flat))
-    stored = Stored.model_validate({"entries": len(found.values), "gaps": kind, "levels": len(levels)})
+    stored = StoredWeight.model_validate({"entries": len(found.values), "gaps": kind, "levels": len(levels)})
     if found.values.itemsize == 1:
         return _Coded(stored, found.gaps, found.values, levels)
     return _Coded(stored, found.gaps, none, found.values)

@@ -166,7 +166,7 @@ Layer: TypeAlias = Annotated[
 ]
 
 
-class Stored(_Strict):
+class StoredWeight(_Strict):
     """How the weight of one layer lies in the streams.
 
     ``entries``: of the value stream. ``gaps``: their type; "none" where all weights are entries, zeros among them.
@@ -193,7 +193,7 @@ class Table(_Strict):
     input_shape: tuple[Count, Count, Count]
     classes: Count
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)]
-    weights: tuple[Stored, ...]  # of the convolutions and linear layers, in their order
+    weights: tuple[StoredWeight, ...]  # of the convolutions and linear layers, in their order
     scales: Literal["none", "float16", "float32"]  # type of the weight scales
     activations: dict[Name, Scale]
     metadata: Annotated[dict[Text, Text], Field(max_length=64)]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rprune.errors import InputError
+from rprune.errors import InputError, printable
 from rprune.export import gaps
 from rprune.export.gaps import Gaps
-from rprune.export.packed_table import FORMAT, Kind, Scale, Stored, Table, parse
+from rprune.export.packed_table import FORMAT, Kind, Scale, StoredWeight, Table, parse
 from rprune.export.streams import decompress, from_planes, from_zigzag, load
 
 TABLE = "graph"
@@ -74,8 +74,7 @@ def unpack(file: bytes) -> Packed:
     except MemoryError:
         reason = "it needs more memory than there is"
     # the file's own words may be part of it
-    reason = "".join(sign if sign.isprintable() else " " for sign in reason)
-    raise InputError(f"not a sound packed file: {reason:.300}", HINT)
+    raise InputError(f"not a sound packed file: {printable(reason, 300)}", HINT)
 
 
 def sizes(file: bytes) -> dict[str, int]:
@@ -168,7 +167,7 @@ def _weights(table: Table, gap_bytes: bytes, value_bytes: bytes) -> dict[str, Ar
     return found
 
 
-def _weight(stored: Stored, gap: Array | None, values: Array, levels: Array, shape: tuple[int, ...]) -> Array:
+def _weight(stored: StoredWeight, gap: Array | None, values: Array, levels: Array, shape: tuple[int, ...]) -> Array:
     if values.dtype == np.int8 and bool((values == -128).any()):
         raise InputError("an entry is -128")
     if values.dtype == np.float32 and not bool(np.isfinite(values).all()):

@@ -39,11 +39,13 @@ FEATURES = (
     "sve",
 )
 ROOM, LITTLE = 1 << 30, 10 << 30  # bytes of a disk: needed, and better to have
+SECRET = "RPRUNE_KEY_PASSWORD"  # its value is not shown
 VARIABLES = {
     "RPRUNE_SEED": "seed of train, prune and the like, where --seed does not say it",
     "RPRUNE_DEVICE": "device, where --device does not say it",
     "RPRUNE_DATA": "folder of torchvision's sets",
     "RPRUNE_CO2": "grams of CO2 a kWh",
+    SECRET: "password of the private key that sign reads",
     "RPRUNE_DEBUG": "tracebacks of errors",
 }
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "svhn": "train_32x32.mat",
@@ -279,7 +281,7 @@ def _environment() -> Iterator[Finding]:
             elif name == "RPRUNE_SEED" and not value.isdigit():
                 yield Finding(name, "warn", f"{value} is no number", "set it to 0 or more, or unset it")
             else:
-                yield Finding(name, "ok", f"{value}: {VARIABLES[name]}")
+                yield Finding(name, "ok", f"{'set' if name == SECRET else value}: {VARIABLES[name]}")
 
 
 CHECKS = (_python, _packages, _torch, _cpu, _onnx_runtime, _c_compiler, _disk, _data, _environment)

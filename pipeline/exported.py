@@ -16,7 +16,7 @@ from rprune.evaluation.target import steady_product
 from rprune.export.constants import LARGEST
 from rprune.pipeline.intake import opened
 from rprune.pipeline.pt2 import HINT, SCALARS, Package, read_package
-from rprune.pipeline.stored import of_archive
+from rprune.pipeline.tensor_entries import of_archive
 
 OPERATORS = frozenset(
     """

@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 
 from rprune.errors import InputError, printable
 from rprune.pipeline.intake import PICKLED, Kind, classify, opened, read_checkpoint, safetensors_header
-from rprune.pipeline.pickles import Stored, leaves
+from rprune.pipeline.pickles import StoredTensor, leaves
 from rprune.pipeline.pt2 import read_package
 from rprune.pipeline.states import find_state, without_wrappers
-from rprune.pipeline.stored import TYPES, nonzero, numbers, of_archive
+from rprune.pipeline.tensor_entries import TYPES, nonzero, numbers, of_archive
 
 OURS = '{"format":"rprune.artifact/'
 SAFETENSORS = {
     "F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-Reader = Callable[[Stored], NDArray[Any]]
+Reader = Callable[[StoredTensor], NDArray[Any]]
 
 
 def contents(path: Path, layers: bool = False) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _pickled(path: Path, kind: Kind, layers: bool) -> dict[str, Any]:
     # what a TorchScript program names are its own classes
     found: dict[str, Any] = {"unsafe_globals": held.pickle.unsafe} if kind in PICKLED else {}
     text = root.get("rprune") if isinstance(root, dict) else None
-    state = find_state(root, Stored)
+    state = find_state(root, StoredTensor)
     if isinstance(text, str) and text.startswith(OURS):
         found |= _summary(text, path)
     elif state is not None:
@@ -91,7 +91,7 @@ def _safetensors(path: Path, layers: bool) -> dict[str, Any]:
     return found | {"tensors": _rows(tensors, layers, lambda: _of_safetensors(path))}
 
 
-def _placed(entry: dict[str, Any]) -> Stored:
+def _placed(entry: dict[str, Any]) -> StoredTensor:
     """``key`` holds where its bytes are."""
     shape = tuple(entry["shape"])
     strides: list[int] = []
@@ -101,7 +101,7 @@ def _placed(entry: dict[str, Any]) -> Stored:
         step *= side
     begin, end = entry["data_offsets"]
     kind = SAFETENSORS.get(entry["dtype"], entry["dtype"])
-    return Stored(kind, shape, tuple(reversed(strides)), 0, f"{begin}:{end}", end - begin)
+    return StoredTensor(kind, shape, tuple(reversed(strides)), 0, f"{begin}:{end}", end - begin)
 
 
 @contextmanager
@@ -115,14 +115,14 @@ def _of_safetensors(path: Path) -> Iterator[Reader]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = 8 + int.from_bytes(data[:8], "little")
 
-        def read(tensor: Stored) -> NDArray[Any]:
+        def read(tensor: StoredTensor) -> NDArray[Any]:
             begin, end = (start + int(place) for place in tensor.key.split(":"))
             return numbers(data[begin:end], tensor)
 
         yield read
 
 
-def _rows(tensors: dict[str, Stored], layers: bool, opener: Callable[[], Any]) -> list[dict[str, Any]]:
+def _rows(tensors: dict[str, StoredTensor], layers: bool, opener: Callable[[], Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"name": printable(name, 400), "shape": list(tensor.shape), "type": printable(tensor.dtype)}
         for name, tensor in tensors.items()
@@ -135,7 +135,7 @@ def _rows(tensors: dict[str, Stored], layers: bool, opener: Callable[[], Any]) -
     return rows
 
 
-def _told(tensors: dict[str, Stored]) -> dict[str, Any]:
+def _told(tensors: dict[str, StoredTensor]) -> dict[str, Any]:
     """Which architecture the names and shapes are of. Without torch: whose names they are."""
     from rprune.models.guess import candidates, described, guess
 

@@ -5,15 +5,16 @@ docs/models.md says what rprune does with each kind.
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal
 
+from rprune.data.archive import wrong_with
 from rprune.errors import InputError
+from rprune.files import parsed_json
 from rprune.pipeline.pickles import WIDTHS, Pickle, read_pickle
 
 Kind = Literal[
@@ -23,8 +24,7 @@ PROGRAMS = ("torchscript", "exported program")
 PICKLED = ("checkpoint", "old checkpoint", "bare pickle")
 OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save before 1.6
 MOST_MEMBER, MOST_ARCHIVE, MOST_PICKLE = 4 << 30, 16 << 30, 256 << 20  # bytes, unpacked
-MOST_MEMBERS = 100_000
-MOST_RATIO, SMALL = 200, 1 << 20  # a member that grows more as it is unpacked is a bomb, unless it stays small
+SPARE = 1 << 20  # bytes that any archive may unpack to
 _HEADER_LIMIT = 100 << 20
 
 
@@ -71,7 +71,7 @@ def explain(kind: Kind) -> str:
 
 
 def opened(path: Path) -> zipfile.ZipFile:
-    """A ZIP archive, none of whose members lies outside, is there twice, or becomes absurdly large.
+    """A ZIP archive with nothing :func:`wrong_with` it, and of no more than models come to.
 
     Raises InputError otherwise; nothing was unpacked then.
     """
@@ -79,36 +79,14 @@ def opened(path: Path) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error):
         raise InputError(f"{path} is cut short or damaged", "copy or write the file again") from None
-    wrong = _wrong(archive, path.stat().st_size)
+    sizes = [entry.file_size for entry in archive.infolist()]
+    wrong = wrong_with(archive, path.stat().st_size, SPARE)
+    if max(sizes, default=0) > MOST_MEMBER or sum(sizes) > MOST_ARCHIVE:
+        wrong = wrong or f"it unpacks to more than {MOST_MEMBER >> 30} GiB a member or {MOST_ARCHIVE >> 30} GiB in all"
     if wrong is not None:
         archive.close()
         raise InputError(f"{path}: {wrong}", "nothing of it was unpacked; get the file from a source you trust")
     return archive
-
-
-def _wrong(archive: zipfile.ZipFile, size: int) -> str | None:
-    """What is wrong with an archive of so many bytes."""
-    entries = archive.infolist()
-    if len(entries) > MOST_MEMBERS:
-        return f"it has {len(entries):,} members"
-    if len({entry.filename for entry in entries}) < len(entries):
-        return "a member is in it twice"
-    if sum(entry.file_size for entry in entries) > MOST_ARCHIVE:
-        return f"it unpacks to more than {MOST_ARCHIVE >> 30} GiB"
-    if sum(entry.compress_size for entry in entries) > size:
-        return "its members overlap"
-    for entry in entries:
-        name = f"its member {entry.filename!r:.80}"
-        ways = PurePosixPath(entry.filename), PureWindowsPath(entry.filename)
-        if any(way.is_absolute() or way.drive or ".." in way.parts for way in ways):
-            return f"{name} leads out of it"
-        if entry.flag_bits & 1:
-            return f"{name} is encrypted"
-        if entry.file_size > MOST_MEMBER:
-            return f"{name} has {entry.file_size:,} bytes"
-        if entry.file_size > SMALL and entry.file_size > MOST_RATIO * entry.compress_size:
-            return f"{name} grows {entry.file_size // max(entry.compress_size, 1):,} times as it is unpacked"
-    return None
 
 
 def member(archive: zipfile.ZipFile, name: str, most: int = MOST_MEMBER) -> bytes:
@@ -180,7 +158,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         held = path.stat().st_size - 8 - size
         try:
-            header = json.loads(file.read(min(size, _HEADER_LIMIT)))
+            header = parsed_json(file.read(min(size, _HEADER_LIMIT)).decode())
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} has a damaged header: {error}", hint) from None
     if not isinstance(header, dict) or not _texts(header.get("__metadata__", {})):

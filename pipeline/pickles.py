@@ -76,7 +76,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor by what is said of it: where its numbers begin (``offset``) and how they lie (``stride``), in entries.
 
     ``key`` names its storage, which holds ``entries`` of them.
@@ -108,7 +108,7 @@ class Pickle:
 
     root: Any
     globals: frozenset[str]
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
 
     @property
     def unsafe(self) -> list[str]:
@@ -139,7 +139,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.globals: set[str] = set()
-        self.tensors: list[Stored] = []
+        self.tensors: list[StoredTensor] = []
 
     def step(self, name: str, argument: Any) -> None:
         stack = self.stack
@@ -244,7 +244,7 @@ class _Machine:
                 return {}
             case Global("collections.OrderedDict"), ([*pairs],):
                 return _pairs([value for pair in pairs for value in pair])
-            case Global("torch._utils._rebuild_parameter"), (Stored() as tensor, *_):
+            case Global("torch._utils._rebuild_parameter"), (StoredTensor() as tensor, *_):
                 return tensor
             case Global("torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor"), (
                 Persistent(("storage", Global(kind), str(key), _, int(entries), *_)), int(offset), shape, stride, *_,
@@ -255,13 +255,13 @@ class _Machine:
         return Call(function, arguments)
 
 
-def _stored(kind: str, key: str, entries: int, offset: int, shape: Any, stride: Any) -> Stored:
+def _stored(kind: str, key: str, entries: int, offset: int, shape: Any, stride: Any) -> StoredTensor:
     sizes = shape.arguments[0] if isinstance(shape, Call) else shape  # a torch.Size
     dtype, _ = DTYPES.get(kind.removeprefix("torch."), (kind, 0))
     whole = (*sizes, *stride, offset, entries)
     if not all(type(number) is int and number >= 0 for number in whole) or len(sizes) != len(stride):
         raise ValueError("a tensor's shape is none")
-    found = Stored(dtype, tuple(sizes), tuple(stride), offset, key, entries)
+    found = StoredTensor(dtype, tuple(sizes), tuple(stride), offset, key, entries)
     if not found.fits:
         raise ValueError(f"a tensor of shape {found.shape} in a storage of {entries} entries"[:100])
     return found
@@ -274,7 +274,7 @@ def _pairs(flat: list[Any]) -> dict[Any, Any]:
     return {key if isinstance(key, plain) else Persistent(key): value for key, value in pairs}
 
 
-def leaves(value: Any, depth: int = 20, seen: set[int] | None = None) -> Iterator[tuple[str, Stored]]:
+def leaves(value: Any, depth: int = 20, seen: set[int] | None = None) -> Iterator[tuple[str, StoredTensor]]:
     """Tensors in nested tables and objects, by names with dots, as state_dict has them; no table is gone into twice."""
     seen = set() if seen is None else seen
     if isinstance(value, Call):
@@ -286,7 +286,7 @@ def leaves(value: Any, depth: int = 20, seen: set[int] | None = None) -> Iterato
     if all(isinstance(part, dict) for part in parts):
         value = {key: entry for part in parts if part for key, entry in part.items()}
     for key, entry in value.items():
-        if isinstance(entry, Stored):
+        if isinstance(entry, StoredTensor):
             yield str(key), entry
         elif isinstance(entry, dict | Call):
             for name, tensor in leaves(entry, depth - 1, seen):

@@ -6,15 +6,15 @@ its symbolic shapes as Python and call any function of torch by name. None of th
 
 from __future__ import annotations
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rprune.errors import InputError
+from rprune.files import parsed_json
 from rprune.pipeline.intake import member, opened, top
-from rprune.pipeline.pickles import WIDTHS, Stored
+from rprune.pipeline.pickles import WIDTHS, StoredTensor
 
 SCALARS = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 12: "bool",
@@ -35,7 +35,7 @@ class Package:
 
     path: Path
     graph: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     weights: tuple[str, ...]
     version: str = ""
 
@@ -57,14 +57,14 @@ def read_package(path: Path) -> Package:
     return Package(path, graph, constants | weights, tuple(weights), str(model.get("torch_version", "")))
 
 
-def _tensors(archive: zipfile.ZipFile, path: Path, folder: str, config: str) -> dict[str, Stored]:
+def _tensors(archive: zipfile.ZipFile, path: Path, folder: str, config: str) -> dict[str, StoredTensor]:
     table = _json(archive, folder + config).get("config")
     if not isinstance(table, dict):
         raise InputError(f"{path}: {config} is no table of tensors", HINT)
     return {name: _stored(archive, path, folder, name, entry) for name, entry in table.items()}
 
 
-def _stored(archive: zipfile.ZipFile, path: Path, folder: str, name: str, entry: Any) -> Stored:
+def _stored(archive: zipfile.ZipFile, path: Path, folder: str, name: str, entry: Any) -> StoredTensor:
     try:
         if entry["use_pickle"] or not isinstance(entry["tensor_meta"], dict):
             raise InputError(f"{path}: {name!r:.80} is pickled, and pickles in such files are never run", HINT)
@@ -72,7 +72,8 @@ def _stored(archive: zipfile.ZipFile, path: Path, folder: str, name: str, entry:
         sizes, strides = ([_int(n) for n in meta[field]] for field in ("sizes", "strides"))
         held = archive.getinfo(key).file_size
         kind = SCALARS[meta["dtype"]]
-        found = Stored(kind, tuple(sizes), tuple(strides), _int(meta["storage_offset"]), key, held // WIDTHS[kind])
+        offset, entries = _int(meta["storage_offset"]), held // WIDTHS[kind]
+        found = StoredTensor(kind, tuple(sizes), tuple(strides), offset, key, entries)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {name!r:.80} is no tensor of it: {error!r:.80}", HINT) from None
     if len(sizes) != len(strides) or not found.fits:
@@ -89,7 +90,7 @@ def _int(number: Any) -> int:
 
 def _json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(member(archive, name, MOST_JSON))
+        found = parsed_json(member(archive, name, MOST_JSON).decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{archive.filename}: {name!r:.80} cannot be read: {error!s:.80}", HINT) from None
     if not isinstance(found, dict):

@@ -110,7 +110,7 @@ class Runner:
         self.start = self._adopted(start)
         self.teacher = self._teacher(folder)
         for stage in recipe.stage:  # find every mistake before hours are spent
-            check_stage(stage, self.bench, self.arch)
+            check_stage(stage, self.bench, self.arch, self.start)
         self.stages: list[Stage] = list(recipe.stage)
         self.anytime: Anytime | None = None
         if budget is not None:

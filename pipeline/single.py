@@ -111,7 +111,7 @@ def prepare(
 
     Raises UsageError or InputError.
     """
-    check_stage(stage, bench, arch or (None if source is None else source.metadata.arch))
+    check_stage(stage, bench, arch or (None if source is None else source.metadata.arch), source)
     refuse_overwrite(output, force)
     if output.suffix not in ("", ".pt", ".safetensors"):
         raise UsageError(f"cannot write '{output.suffix}' files", "name a .pt or .safetensors file, or a folder")
@@ -177,7 +177,7 @@ def run_export(
 
     Of several processes (:func:`world`) all attack, and the first one writes. Raises UsageError as :func:`run_single`.
     """
-    check_stage(stage, bench, artifact.metadata.arch)
+    check_stage(stage, bench, artifact.metadata.arch, artifact)
     here = world()
     key = digest_of(
         {

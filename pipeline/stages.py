@@ -112,6 +112,7 @@ def _run_stage(
         assert arch is not None
         return train(bench, arch, stage, state_file)
     assert source is not None
+    check_source(stage, source)
     if isinstance(stage, PruneStage):
         return prune(bench, source, stage, state_file)
     if isinstance(stage, FinetuneStage):
@@ -237,10 +238,8 @@ def finetune(
 
 
 def shrink(bench: Bench, source: Artifact) -> Artifact:
-    """The same function as a smaller network of plain layers. Raises InputError for a quantized or untraceable one."""
+    """The same function as a smaller network of plain layers. Raises InputError for one that cannot be traced."""
     started = time.monotonic()
-    if source.quantization:
-        raise InputError("the model is quantized already", "shrink before quantize")
     model, shape = source.model(), source.metadata.arch.input_shape
     network = compact(model, shape)
     weights = prunable(network)
@@ -437,8 +436,18 @@ def epochs_of(stage: Section) -> int:
     return 0
 
 
-def check_stage(stage: Section, bench: Bench, arch: Architecture | None) -> None:
-    """Raises for a misspelt name, an architecture that cannot be built, a budget that cannot be met; runs nothing."""
+def check_source(stage: Section, source: Artifact) -> None:
+    """Raises InputError where a stage would change the weights of a quantized model, and so lose its integers."""
+    if source.quantization and isinstance(stage, PruneStage | FinetuneStage | ShrinkStage):
+        raise InputError("the model is quantized already", f"{stage.kind} the model that it was quantized from")
+
+
+def check_stage(stage: Section, bench: Bench, arch: Architecture | None, source: Artifact | None = None) -> None:
+    """Raises for a misspelt name, an architecture that cannot be built, a budget that cannot be met, a model that the
+    stage does not take; runs nothing. ``source``: the model that the work starts from.
+    """
+    if source is not None:
+        check_source(stage, source)
     if arch is not None and isinstance(stage, TrainStage):
         with torch.device("meta"):
             build(arch)

@@ -12,7 +12,7 @@ from rprune.errors import InputError, UsageError
 from rprune.export.c.writer import c_source
 from rprune.export.compact_onnx import expanding
 from rprune.export.unpack import Packed, unpack
-from rprune.files import atomic, write_text
+from rprune.files import atomic, readable, write_text
 from rprune.pipeline.artifact import save_tensors
 from rprune.pipeline.forms import FILES, check_formats, rebuilt
 
@@ -57,7 +57,7 @@ def unpacked(file: Path, out: Path, formats: Sequence[str] | None = None) -> lis
 def read_packed(file: Path) -> Packed:
     """Raises InputError for files that are not there, far too large, or not sound."""
     try:
-        if file.stat().st_size > MOST_BYTES:
+        if readable(file).stat().st_size > MOST_BYTES:
             raise InputError(f"{file} is larger than 1 GiB", "it is no packed file of rprune's")
         data = file.read_bytes()
     except OSError as error:

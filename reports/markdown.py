@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from rprune.errors import one_line
 from rprune.reports.schema import Claim, Report
 from rprune.reports.text import (
     BOUNDS,
@@ -63,7 +64,7 @@ def escape(text: object) -> str:
 
     Addresses are broken by an empty comment, since GitHub links them without any markup.
     """
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = " ".join(one_line(str(text)).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;")
     line = re.sub(r"([\\`*_~$[\]])", r"\\\1", line).replace("|", "&#124;")
     line = re.sub(r"^([-+#=>])|^(\d+)(?=[.)](\s|$))", r"\2\\\1", line)
@@ -231,7 +232,7 @@ def recheck(report: Report) -> str:
     commands = ["rprune verify DIR --level static", f"rprune verify DIR{policy}", "rprune verify DIR --level reattack"]
     commands += [f"rprune gate DIR{policy}"] if policy else []
     if subject is not None:
-        file, eps = shlex.quote(f"DIR/{_line(subject.name)}"), shlex.quote(_line(report.threat.eps))
+        file, eps = shlex.quote(f"DIR/{one_line(subject.name)}"), shlex.quote(one_line(report.threat.eps))
         commands.append(f"rprune attack {file} --norm {report.threat.norm} --eps {eps}")
     return joined(
         "## How to re-check this",
@@ -249,7 +250,3 @@ def title(claim: Claim) -> str:
 
 def form(role: str) -> str:
     return FORMS.get(role, role)
-
-
-def _line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)

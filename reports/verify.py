@@ -66,7 +66,7 @@ class Verification:
         """Add the outcome of a check. Content that makes no sense fails it; it never passes and never crashes."""
         try:
             passed, detail = run()
-        except (IntegrityError, UsageError):
+        except (IntegrityError, UsageError, ModuleNotFoundError):  # a package that is not here says nothing of the file
             raise
         except Exception as error:  # whatever a stranger's file can cause
             passed, detail = False, f"cannot be checked: {str(error).splitlines()[0] if str(error) else error!r}"

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rprune.errors import InputError, WorkError
+from rprune.files import readable
 
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared")
 COMPILERS = ("cc", "gcc", "clang")
@@ -151,7 +152,7 @@ def _processor() -> str:
 def read_source(path: Path) -> str:
     """The text of model.c or model.h. Raises InputError when there is none."""
     try:
-        return path.read_text()
+        return readable(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise InputError(f"cannot read {path}: {reason}", "give model.c, with model.h beside it") from None

@@ -92,6 +92,17 @@ def npz(**arrays: object) -> bytes:
     return buffer.getvalue()
 
 
+ONWARD = """
+rprune = 1
+name = "onward"
+checkpoint = "model-lwm-0.5-finetuned-int8.pt"
+[data]
+source = "digits"
+[[stage]]
+kind = "finetune"
+"""
+
+
 def images(count: int = 6, kind: type = np.uint8) -> dict[str, object]:
     pixels, labels = np.zeros((count, 8, 8), kind), np.arange(count) % 3
     return {"train_images": pixels, "train_labels": labels, "test_images": pixels, "test_labels": labels}
@@ -192,6 +203,11 @@ CASES: dict[str, list[Case]] = {
         Case("prune model.pt -s 0.5 --arch vgg4", 2, "leave out --arch"),
         Case("prune bundle/model.safetensors -s 0.5 --arch vgg4 -d digits", 3, "do not fit vgg4"),
         Case("init --model model-lwm-0.5-finetuned-int8.pt", 3, "quantized already"),
+        Case("prune model-lwm-0.5-finetuned-int8.pt -s 0.9", 3, "quantized already"),
+        Case("finetune model-lwm-0.5-finetuned-int8.pt", 3, "quantized already"),
+        Case("shrink model-lwm-0.5-finetuned-int8.pt", 3, "quantized already"),
+        Case("run onward.toml -o new", 3, "quantized already", "a checkpoint with integers before a finetune stage",
+             {"onward.toml": ONWARD}),
         Case("finetune folder", 3, "not there", "a folder of other things"),
         Case("attack bundle/model.onnx --arch cnn-small", 2, "the file holds its network"),
     ],

@@ -443,7 +443,7 @@ def test_properties_for_other_verifiers(chain, call, tmp_path) -> None:
     assert call("certify", MODEL, *options, cwd=tmp_path).code == 0
     names = sorted(path.name for path in (tmp_path / "specs").iterdir())
     assert names == sorted(
-        ["instances.csv", "model.onnx", *(f"sample-{i}.{v}.vnnlib" for i in range(3) for v in (1, 2))]
+        ["instances.csv", "key.json", "model.onnx", *(f"sample-{i}.{v}.vnnlib" for i in range(3) for v in (1, 2))]
     )
     assert (tmp_path / "specs" / "instances.csv").read_text().splitlines()[1] == "model.onnx,sample-1.1.vnnlib,300"
     text = (tmp_path / "specs" / "sample-0.1.vnnlib").read_text()
@@ -467,5 +467,21 @@ def test_properties_for_other_verifiers(chain, call, tmp_path) -> None:
         cwd=tmp_path,
     )
     assert "hold boxes" in l2.refused(2)
-    assert not (tmp_path / "more").exists()
+    assert not list(tmp_path.glob("more*"))
+    assert not list(tmp_path.glob("d.json*"))  # it was found before anything was proved
     assert "specs exists" in call("certify", MODEL, *options[:-3], "-o", "e.json", cwd=tmp_path).refused(2)
+
+
+def test_properties_replace_those_of_before_alone(chain, call, tmp_path) -> None:
+    shutil.copy(chain / MODEL, tmp_path / MODEL)
+    options = ("-m", "ibp", "--set", "falsify=false", "--vnnlib", "specs", "-q", "--force")
+    for count, eps in ((3, "0.02"), (2, "0.01")):
+        said = call("certify", MODEL, *options, "-n", count, "--eps", eps, cwd=tmp_path)
+        assert said.code == 0, said.err
+    assert len((tmp_path / "specs" / "instances.csv").read_text().splitlines()) == 2
+    assert "linf 0.01" in (tmp_path / "specs" / "sample-0.1.vnnlib").read_text()
+    assert not (tmp_path / "specs" / "sample-2.1.vnnlib").exists()
+    assert sorted(path.name for path in tmp_path.glob("specs*")) == ["specs"]
+    (tmp_path / "specs" / "key.json").unlink()
+    said = call("certify", MODEL, *options, "-n", 2, "--eps", "0.01", cwd=tmp_path)
+    assert "did not write" in said.refused(2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from rprune.pipeline.checkup import Finding, fits, requirements
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
     """No variables of the machine's own, and a cache of the test's."""
-    for name in ("RPRUNE_SEED", "RPRUNE_DEVICE", "RPRUNE_CO2", "RPRUNE_DATA"):
+    for name in ("RPRUNE_SEED", "RPRUNE_DEVICE", "RPRUNE_CO2", "RPRUNE_DATA", "RPRUNE_KEY_PASSWORD", "RPRUNE_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -102,6 +104,20 @@ def test_variables_that_nothing_reads(monkeypatch, tmp_path):
     assert "did you mean 'RPRUNE_SEED'?" in found["RPRUNE_SEDE"].mend
     assert found["RPRUNE_SEED"].state == found["data folder"].state == "warn"
     assert found["RPRUNE_DATA"].state == "ok"
+
+
+def test_every_variable_that_the_source_reads_is_known():
+    root = Path(checkup.__file__).parent.parent
+    modules = {*root.glob("*.py"), *(file for init in root.glob("*/__init__.py") for file in init.parent.rglob("*.py"))}
+    text = "".join(file.read_text(encoding="utf-8") for file in modules - {Path(checkup.__file__)})
+    assert set(re.findall(r'"(RPRUNE_\w+)"', text)) == set(checkup.VARIABLES)
+
+
+def test_password_is_known_and_not_shown(monkeypatch):
+    monkeypatch.setenv("RPRUNE_KEY_PASSWORD", "hunter2")
+    (found,) = checkup._environment()
+    assert found.state == "ok"
+    assert "hunter2" not in repr(found)
 
 
 def test_sets_in_the_data_folder_are_named(monkeypatch, tmp_path):

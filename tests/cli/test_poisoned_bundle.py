@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -453,9 +454,22 @@ def test_names_in_a_report_cannot_write_the_verdict(poisoned, call, tmp_path) ->
     assert said.code == 5
     assert not any(line.startswith("VERIFIED") for line in said.out.splitlines())
     assert not {"\x1b", "\u202e"} & set(said.out)
-    for key, words in ((spoof, "VERIFIED"), ("\ud800", "unicode")):
+    for key, words in ((spoof, "VERIFIED"), ("\ud800", "half a character")):
         (poisoned.folder / "report.json").write_text(json.dumps(poisoned.table | {key: 1}))
         assert words in call("verify", poisoned.folder, cwd=tmp_path).refused(3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["verify out", "gate out --min sparsity=0.5", "compare out out", "report out", "report out --json",
+     *(f"report out --{form} there" for form in ("html", "markdown", "card", "bom", "intoto", "robustbench", "plots"))],
+)  # fmt: skip
+def test_half_a_character_is_no_text(poisoned, call, line) -> None:
+    poisoned.table["evidence"]["samples"] = poisoned.table["environment"]["cpu"] = "a\ud800"
+    (poisoned.folder / "report.json").write_text(json.dumps(poisoned.table))
+    said = call(*line.replace("out", poisoned.folder.name).split(), cwd=poisoned.folder.parent)
+    assert "half a character" in said.refused(3)
+    assert not (poisoned.folder.parent / "there").exists()
 
 
 @pytest.mark.parametrize("key", ["samples", "witnesses"])
@@ -472,6 +486,30 @@ def test_pictures_are_not_taken_from_outside(poisoned, call, tmp_path, key, plac
     said = call("report", poisoned.folder, "-o", "page.html", cwd=tmp_path)
     assert said.code == 5
     assert "outside" in said.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "line", "code"),
+    [
+        *(("report.json", line, 3) for line in ("verify out", "gate out --min sparsity=0.5", "compare out out",
+                                                "report out", "inspect out/report.json")),
+        ("evidence/samples.csv", "report out --html r.html", 5),
+        ("evidence/adversarial.safetensors", "report out --html r.html", 5),
+        ("model.onnx", "verify out", 5),
+        ("model.onnx", "inspect out/model.onnx", 3),
+        ("model.c", "evaluate out/model.c", 3),
+        ("model.packed.safetensors", "unpack out/model.packed.safetensors -o u", 3),
+    ],
+)  # fmt: skip
+def test_nobody_waits_for_a_pipe(bundle, python, tmp_path, name, line, code) -> None:
+    """In a process of its own, which the fixture ends where it waits."""
+    shutil.copytree(bundle, tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    os.mkfifo(tmp_path / "out" / name)
+    said = python("-m", "rprune", *line.split(), cwd=tmp_path)
+    assert said.code == code, said.err
+    assert Path(name).name in said.out + said.err
 
 
 def test_errors_of_a_report_are_refusals(poisoned) -> None:

@@ -109,3 +109,10 @@ def test_command_that_needs_torch_says_so_where_there_is_none(tmp_path, command)
     assert done.returncode == 3
     assert "this command needs torch" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_missing_package_is_no_false_claim(call, chain, monkeypatch):
+    """Inside a check, too, where whatever a stranger's file causes counts against the file."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    error = call("verify", "out", cwd=chain.folder).refused(3)
+    assert "this command needs onnxruntime" in error

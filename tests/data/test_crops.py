@@ -18,8 +18,8 @@ from torchvision.transforms import functional as tv
 
 from rprune.data.crops import NUMBERS, TRIES, flips, windows
 from rprune.data.loaders import WHOLE, Rows, augmented, drawn
+from rprune.data.places import ImagePlace
 from rprune.data.splits import read_image
-from rprune.data.stored import Stored
 
 SIZES = [(375, 500), (64, 64), (500, 180), (20, 300)]  # of the last two many and all tries fail
 
@@ -128,10 +128,10 @@ def test_the_whole_image_is_left_as_it_is() -> None:
     assert torch.equal(got, image.float() / 255)
 
 
-def stored(tmp_path: Path, pixels: np.ndarray, suffix: str) -> Stored:
+def stored(tmp_path: Path, pixels: np.ndarray, suffix: str) -> ImagePlace:
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(pixels).save(path, **({"quality": 95} if suffix == "jpg" else {}))
-    return Stored(path)
+    return ImagePlace(path)
 
 
 def test_crops_of_files_are_torchvisions(tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ def test_streamed_corrupt_image_is_an_input_error(tmp_path: Path, monkeypatch: p
     folder(tmp_path)
     monkeypatch.setattr(sources, "RESIDENT_BYTES", 0)
     found = load_data(f"imagefolder:{tmp_path}?size=4")
-    found.test.store[1].path.write_bytes(b"gone bad")
+    found.test.places[1].path.write_bytes(b"gone bad")
     with pytest.raises(InputError, match="cannot read image"):
         list(loader(found.test, CPU).ordered(4))
 

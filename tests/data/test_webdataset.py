@@ -103,7 +103,7 @@ def test_digest_of_files_is_what_it_was(tmp_path: Path, monkeypatch: pytest.Monk
     for source in both(tmp_path, ("train", "test"), "PNG"):
         split = load_data(f"{source}?size=7").train
         sha = hashlib.sha256(repr(split.shape).encode())
-        for place, label in zip(split.store, split.labels, strict=True):
+        for place, label in zip(split.places, split.labels, strict=True):
             sha.update(hashlib.sha256(place.read()).digest() + int(label).to_bytes(8, "little"))
         assert split.digest == sha.hexdigest()
 
@@ -268,7 +268,7 @@ def test_samples_are_taken_in_the_order_asked_for(streamed: DataSet) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("lost", ["image", "shard"])
 def test_what_went_bad_since_the_start_is_one_line(streamed: DataSet, workers: int, lost: str) -> None:
-    place = streamed.test.store[3]
+    place = streamed.test.places[3]
     if lost == "shard":
         place.path.unlink()
     else:
@@ -290,4 +290,4 @@ def test_a_split_is_cheap_to_send_to_a_worker(tmp_path: Path, monkeypatch: pytes
     )
     split = load_data(f"webdataset:{tmp_path}?size=4").train
     assert len(pickle.dumps(split)) < 50 * len(split) + 2000
-    assert split.select(np.array([5, 2])).store[1].read() == content
+    assert split.select(np.array([5, 2])).places[1].read() == content

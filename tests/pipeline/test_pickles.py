@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rprune.errors import InputError
-from rprune.pipeline.pickles import SAFE_GLOBALS, Stored, leaves, read_pickle
+from rprune.pipeline.pickles import SAFE_GLOBALS, StoredTensor, leaves, read_pickle
 
 
 class Touch:
@@ -92,7 +92,7 @@ def tensor_pickle(entries: int, shape: str, stride: str, offset: int = 0) -> byt
 
 def test_a_tensor_of_the_size_of_its_storage_is_read():
     found = read_pickle(tensor_pickle(4, "I2\nI2\n", "I2\nI1\n"), "x.pt")
-    assert found.tensors == (Stored("float32", (2, 2), (2, 1), 0, "0", 4),)
+    assert found.tensors == (StoredTensor("float32", (2, 2), (2, 1), 0, "0", 4),)
     assert found.root is found.tensors[0]
 
 
@@ -175,7 +175,7 @@ def test_tensors_are_described_as_they_are():
     with zipfile.ZipFile(data) as archive:
         name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
         found = read_pickle(archive.read(name), "x.pt").root
-    assert all(isinstance(value, Stored) for value in found.values())
+    assert all(isinstance(value, StoredTensor) for value in found.values())
     for name, tensor in tensors.items():
         assert (found[name].shape, found[name].stride) == (tuple(tensor.shape), tensor.stride())
         assert (found[name].offset, f"torch.{found[name].dtype}") == (tensor.storage_offset(), str(tensor.dtype))

@@ -10,8 +10,8 @@ from rprune.errors import InputError
 from rprune.models.prunable import prunable
 from rprune.pipeline.artifact import load_artifact, save_artifact
 from rprune.pipeline.quantizing import quantize
-from rprune.pipeline.recipe import ExportStage, FinetuneStage, PruneStage, QuantizeStage
-from rprune.pipeline.stages import finetune, prune, shrink
+from rprune.pipeline.recipe import ExportStage, FinetuneStage, PruneStage, QuantizeStage, ShrinkStage
+from rprune.pipeline.stages import finetune, prune, run_stage, shrink
 from rprune.reports.schema import read_report
 
 
@@ -59,7 +59,7 @@ def test_it_can_be_fine_tuned_with_its_zeros_held(bench, small):
 
 def test_a_quantized_model_is_refused(bench, quantized):
     with pytest.raises(InputError, match="quantized already"):
-        shrink(bench, quantized)
+        run_stage(bench, ShrinkStage(), quantized)
 
 
 def test_an_unstructured_net_loses_its_dead_channels(bench, trained):

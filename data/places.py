@@ -18,7 +18,7 @@ Names: TypeAlias = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class ImagePlace:
     """The bytes of one image: ``size`` bytes of a file from ``offset`` on, or all to its end where size is -1."""
 
     path: Path
@@ -40,7 +40,7 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
+class ImagePlaces:
     """n images, one array a property: worker processes share arrays, while objects for each image would be copied."""
 
     files: Names  # (f,) paths
@@ -50,7 +50,7 @@ class Store:
     size: NDArray[np.int64]  # (n,)
 
     @classmethod
-    def whole(cls, paths: Sequence[bytes]) -> Store:
+    def whole(cls, paths: Sequence[bytes]) -> ImagePlaces:
         """Files of one image each."""
         count = len(paths)
         none = np.zeros(count, np.int64)
@@ -59,16 +59,16 @@ class Store:
     def __len__(self) -> int:
         return len(self.file)
 
-    def __getitem__(self, index: int) -> Stored:
+    def __getitem__(self, index: int) -> ImagePlace:
         path = Path(os.fsdecode(self.files[self.file[index]]))
-        return Stored(path, os.fsdecode(self.member[index]), int(self.offset[index]), int(self.size[index]))
+        return ImagePlace(path, os.fsdecode(self.member[index]), int(self.offset[index]), int(self.size[index]))
 
-    def __iter__(self) -> Iterator[Stored]:
+    def __iter__(self) -> Iterator[ImagePlace]:
         return map(self.__getitem__, range(len(self)))
 
-    def select(self, indices: NDArray[np.int64]) -> Store:
+    def select(self, indices: NDArray[np.int64]) -> ImagePlaces:
         at = indices
-        return Store(self.files, self.file[at], self.member[at], self.offset[at], self.size[at])
+        return ImagePlaces(self.files, self.file[at], self.member[at], self.offset[at], self.size[at])
 
     def as_on_disk(self) -> NDArray[np.int64]:
         """Indices of the images in the order in which they lie, so that a shard is read from front to back."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rprune.errors import InputError
 from rprune.pipeline.intake import member
-from rprune.pipeline.pickles import Stored
+from rprune.pipeline.pickles import StoredTensor
 
 AS = {"bfloat16": np.dtype("<u2")}  # numpy has no such type; the same bits
 TYPES = {
@@ -19,7 +19,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def numbers(data: bytes | memoryview, tensor: Stored) -> NDArray[Any]:
+def numbers(data: bytes | memoryview, tensor: StoredTensor) -> NDArray[Any]:
     """The tensor's entries out of the bytes of its storage; those of bfloat16 as the bits that they are.
 
     Raises InputError for types that numpy does not have, and for storages that are too short.
@@ -41,6 +41,6 @@ def nonzero(values: NDArray[Any], dtype: str) -> int:
     return int(np.count_nonzero(values & 0x7FFF if dtype == "bfloat16" else values))
 
 
-def of_archive(archive: zipfile.ZipFile, place: str, tensor: Stored) -> NDArray[Any]:
+def of_archive(archive: zipfile.ZipFile, place: str, tensor: StoredTensor) -> NDArray[Any]:
     """The entries of a tensor whose storage is a member of an archive."""
     return numbers(member(archive, f"{place}{tensor.key}"), tensor)
