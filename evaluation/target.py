@@ -58,8 +58,9 @@ class Rows(nn.Module):
             images = torch.rand((rows, *x.shape[1:]), generator=torch.Generator().manual_seed(0)).to(x)
             if case not in self._whole:
                 self._whole[case] = self._passes(images)
-            pairs = zip(self._passes(images[-size:]), self._whole[case], strict=True)
-            self._alike[case, size] = all(torch.equal(part, whole[-size:]) for part, whole in pairs)
+            parts, whole = self._passes(images[-size:]), [found[-size:] for found in self._whole[case]]
+            # a net may give gradients in one call and none in another
+            self._alike[case, size] = len(parts) == len(whole) and all(map(torch.equal, parts, whole))
         return self._alike[case, size]
 
     def _passes(self, images: Tensor) -> tuple[Tensor, ...]:

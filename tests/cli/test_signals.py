@@ -19,9 +19,13 @@ ATTACK = ("--suite", "square", "-n", "300", "--no-health", "--device", "cpu", "-
 
 def ended(command: tuple[object, ...], cwd: Path, begun: Path, number: signal.Signals) -> tuple[int, str]:
     """Exit code and messages of a command that gets a signal as soon as a file is there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rprune", *map(str, command), "-q"], cwd=cwd, stderr=subprocess.PIPE, text=True
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rprune", *map(str, command), "-q"], cwd=cwd, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 90
     while not begun.exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
