@@ -28,7 +28,7 @@ from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact
 from rprune.pipeline.bench import Bench
 from rprune.pipeline.certifying import FALSIFIER, LOWER, bounds_of, certified_network, threat_of
-from rprune.pipeline.recipe import CertifyStage, ExportStage, PruneStage, Section, Trained
+from rprune.pipeline.recipe import CertifyStage, ExportStage, FinetuneStage, PruneStage, Section, Trained
 from rprune.pipeline.stages import _objective, _scores, compacted, epochs_of
 from rprune.pipeline.targets import CPU, of_artifact
 from rprune.pipeline.trial import trial
@@ -82,6 +82,7 @@ def cost(
         return Cost(0, 0.0, tried.around, _memory(bench.device), tried.around), tried.made
     assert isinstance(stage, Trained)
     share = stage.data_fraction if isinstance(stage, PruneStage) else 1.0
+    epochs *= stage.soup if isinstance(stage, FinetuneStage) else 1
     steps = epochs * math.ceil(round(len(bench.data.train) * share) / stage.batch_size)
     small, whole = tried.bench.data.validation, bench.data.validation
     model = tried.made.model(bench.device)

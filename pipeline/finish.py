@@ -11,7 +11,7 @@ STATE = "resume.pt"
 VERDICTS = "verdicts.jsonl"
 LEDGER = ".ledger.jsonl"
 OLD = ".old"
-WORKING = (STATE, VERDICTS, f"*{LEDGER}", OLD)  # in a folder: what is of no use once its work is finished
+WORKING = (STATE, f"*.{STATE}", VERDICTS, f"*{LEDGER}", OLD)  # in a folder: what is of no use once its work is finished
 
 
 def publish(partial: Path, path: Path) -> None:

@@ -122,6 +122,7 @@ class FinetuneStage(Trained):
     teacher: str | None = None  # "dense": the model before pruning; or a model file
     teacher_weight: Annotated[float, Field(ge=0, le=1, description="share of the teacher's term in the loss")] = 0.5
     temperature: Annotated[float, Field(gt=0)] = 4.0
+    soup: Annotated[Positive, Field(description="trainings from seeds of their own, averaged where it helps")] = 1
 
 
 class ShrinkStage(Section):

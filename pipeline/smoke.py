@@ -9,7 +9,7 @@ from rprune.attacks.base import ATTACKS, Attack
 from rprune.attacks.suites import suite
 from rprune.objectives.base import OBJECTIVES
 from rprune.pipeline.anytime import shortened
-from rprune.pipeline.recipe import CertifyStage, ExportStage, Recipe, Section, Trained
+from rprune.pipeline.recipe import CertifyStage, ExportStage, FinetuneStage, Recipe, Section, Trained
 from rprune.pipeline.stages import epochs_of
 from rprune.threat import ThreatModel
 
@@ -59,6 +59,8 @@ def _cut(stage: Section, limit: int) -> Section:
     if not isinstance(stage, Trained) or not epochs_of(stage):
         return stage
     changes: dict[str, Any] = {"batch_size": min(stage.batch_size, max(1, limit // BATCHES))}
+    if isinstance(stage, FinetuneStage):
+        changes["soup"] = min(stage.soup, 2)
     objective = getattr(stage, "objective", None)
     if objective is not None:
         changes["objective"] = _hurried(objective)

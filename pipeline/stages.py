@@ -52,6 +52,7 @@ from rprune.reports.schema import LineageEntry
 from rprune.seeds import derive
 from rprune.training.loop import FitResult, Settings, check_optimizer, fit
 from rprune.training.schedules import schedule
+from rprune.training.soup import greedy_soup
 from rprune.training.world import world
 
 
@@ -221,20 +222,41 @@ def finetune(
     state_file: Path | None = None,
     teacher: Artifact | None = None,
 ) -> Artifact:
-    """Training with the mask held, and by a teacher where there is one."""
+    """Training with the mask held, by a teacher where there is one; several of them make a soup.
+
+    The history is that of the soup's best part.
+    """
     started = time.monotonic()
     objective = _objective(stage.objective or recorded_objective(source, bench), bench)
-    model = _placed(source.model(), bench, stage)
     masks = {name: mask.to(bench.device) for name, mask in source.masks.items()}
     taught = objective
     if teacher is not None:
         network = teacher.model(bench.device).requires_grad_(False)
         taught = Distilled(inner=objective, teacher=network, weight=stage.teacher_weight, temperature=stage.temperature)
-    found = _fit(bench, "finetune", model, Fixed(model, masks), taught, stage, stage.epochs, state_file)
+    found, states, scores = [], [], []
+    for part in range(1, stage.soup + 1):
+        model = _placed(source.model(), bench, stage)
+        name, file = ("finetune", state_file) if part == 1 else (f"finetune {part}", _part_of(state_file, part))
+        found.append(_fit(bench, name, model, Fixed(model, masks), taught, stage, stage.epochs, file))
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        scores.append(_scores(bench, model, objective.attack_used)["score"] if stage.soup > 1 else 0.0)
+
+    def score(state: dict[str, torch.Tensor]) -> float:
+        model.load_state_dict(state)
+        return _scores(bench, model, objective.attack_used)["score"]
+
+    mean, taken, _ = greedy_soup(states, scores, score)
+    model.load_state_dict(mean)
+    extra = {"soup": {"scores": scores, "taken": [i + 1 for i in taken]}} if stage.soup > 1 else {}
     kept = {key: getattr(source.metadata, key) for key in ("sparsity", "budget", "dense_total")}
     metadata = _metadata("finetune", source.metadata.arch, bench, objective).model_copy(update=kept)
     artifact = Artifact(metadata, _state(model), source.masks)
-    return _finished(artifact, bench, stage, model, objective, found, started, source)
+    return _finished(artifact, bench, stage, model, objective, found[taken[0]], started, source, extra)
+
+
+def _part_of(state_file: Path | None, part: int) -> Path | None:
+    """Where a further training of the same stage keeps its state."""
+    return None if state_file is None else state_file.with_name(f"{part}.{state_file.name}")
 
 
 def shrink(bench: Bench, source: Artifact) -> Artifact:

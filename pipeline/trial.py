@@ -16,7 +16,7 @@ from rprune.data.splits import Augment
 from rprune.models.registry import Architecture
 from rprune.pipeline.artifact import Artifact
 from rprune.pipeline.bench import Bench, Silent
-from rprune.pipeline.recipe import PruneStage, Section
+from rprune.pipeline.recipe import FinetuneStage, PruneStage, Section
 from rprune.pipeline.stages import epochs_of, run_stage
 
 VALIDATED = 128  # samples of a trial's validation
@@ -52,6 +52,7 @@ def trial(
     )  # fmt: skip
     changes: dict[str, Any] = {"epochs": 1} if epochs_of(stage) else {}
     changes |= {"data_fraction": 1.0} if isinstance(stage, PruneStage) else {}
+    changes |= {"soup": 1} if isinstance(stage, FinetuneStage) else {}
     started = time.monotonic()
     made = run_stage(small, stage.model_copy(update=changes), source, arch, None, teacher)
     total = time.monotonic() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from rprune.errors import InputError, UsageError
 from rprune.models.prunable import prunable
 from rprune.pipeline.artifact import save_artifact
 from rprune.pipeline.bench import Bench, Silent
+from rprune.pipeline.cost import cost
 from rprune.pipeline.recipe import DataSection, FinetuneStage, PruneStage, read_recipe
 from rprune.pipeline.run import Runner
 from rprune.pipeline.single import run_single
@@ -165,3 +167,50 @@ def test_pseudo_samples_must_fit(tmp_path):
         )
     with pytest.raises(UsageError, match="labels nothing"):
         Bench.open(DataSection(source="digits", pseudo_model="x.pt"), THREAT, 0, "cpu")
+
+
+@pytest.fixture(scope="module")
+def soup(bench, trained):
+    """(pruned, stage, the soup of two fine-tunings)"""
+    pruned = prune(bench, trained, PruneStage(method="lwm", sparsity=0.9))
+    stage = FinetuneStage(epochs=2, batch_size=32, soup=2)
+    return pruned, stage, finetune(bench, pruned, stage)
+
+
+def test_a_soup_is_no_worse_than_its_parts_and_keeps_the_mask(bench, soup):
+    pruned, stage, made = soup
+    entry = made.metadata.lineage[-1]
+    scores, taken = entry.metrics["soup"]["scores"], entry.metrics["soup"]["taken"]
+    assert len(scores) == 2
+    assert taken[0] == 1 + scores.index(max(scores))
+    assert entry.metrics["validation"]["score"] >= max(scores)
+    for name, mask in pruned.masks.items():
+        assert torch.equal(made.masks[name], mask)
+        assert not made.state[name][~mask].any()
+    alone = finetune(bench, pruned, stage.model_copy(update={"soup": 1}))
+    assert alone.metadata.lineage[-1].metrics["validation"]["score"] == scores[0]
+    assert (taken == [1]) == (alone.digest == made.digest)
+
+
+def test_a_soup_that_is_interrupted_goes_on(bench, soup, tmp_path, monkeypatch):
+    pruned, stage, made = soup
+    seen = []
+
+    def interrupt(stage, log):
+        seen.append((stage, log.epoch))
+        if seen[-1] == ("finetune 2", 1):
+            raise KeyboardInterrupt
+
+    reporter = Silent()
+    monkeypatch.setattr(reporter, "epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(replace(bench, reporter=reporter), pruned, stage, tmp_path / "resume.pt")
+    assert finetune(replace(bench, reporter=reporter), pruned, stage, tmp_path / "resume.pt").digest == made.digest
+    assert seen == [("finetune", 1), ("finetune", 2), ("finetune 2", 1), ("finetune 2", 2)]
+    assert {path.name for path in tmp_path.iterdir()} == {"resume.pt", "2.resume.pt"}
+
+
+def test_a_soup_costs_its_parts(bench, soup):
+    pruned, stage, _ = soup
+    steps = [cost(bench, stage.model_copy(update={"soup": n}), pruned)[0].steps for n in (1, 3)]
+    assert steps[1] == 3 * steps[0] > 0
