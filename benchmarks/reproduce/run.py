@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,21 @@ def everything(track: Track, options: argparse.Namespace) -> bool:
     options.work.mkdir(parents=True, exist_ok=True)
     source = subset(track, options.data, options.work)
     deadline = time.monotonic() + (seconds(options.budget) if options.budget else float("inf"))
-    rows = chosen(track, options)
-    starts = dict.fromkeys(f"dense/{dense_of(track, row, source)[0]}" for row in rows)
-    for tasks in (list(starts), [f"rows/{row.name}" for row in rows]):
-        left = [name for name in tasks if not result_of(options.work, name).exists()]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            done = list(pool.map(lambda name: in_process(name, options, deadline), left))
-        if not all(done):
+    runs: dict[str, Future[bool]] = {}
+
+    def done(name: str, after: str | None) -> bool:
+        if after is not None and not runs[after].result():
             return False
-    return True
+        return result_of(options.work, name).exists() or in_process(name, options, deadline)
+
+    with ThreadPoolExecutor(options.jobs) as pool:  # first come, first served: what a row waits for has begun
+        for row in chosen(track, options):
+            start = f"dense/{dense_of(track, row, source)[0]}"
+            if start not in runs:
+                runs[start] = pool.submit(done, start, None)
+            runs[f"rows/{row.name}"] = pool.submit(done, f"rows/{row.name}", start)
+    finished = [run.result() for run in runs.values()]  # raises where one failed
+    return all(finished)
 
 
 def in_process(name: str, options: argparse.Namespace, deadline: float) -> bool:

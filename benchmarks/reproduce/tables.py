@@ -29,13 +29,20 @@ class Results:
     """Rows of a result file, by what they have in common but for the seed."""
 
     def __init__(self, result: dict[str, Any]) -> None:
-        self.track = result["track"]
+        self.track, self.unfinished = result["track"], len(result["unfinished"])
+        self.seeds = len({row["seed"] for row in result["rows"]})
         self.axes = list(self.track["axis"])
         self.groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in result["rows"]:
             key = (row["method"], *(row.get(axis, "") for axis in self.axes))
             self.groups.setdefault(key, []).append(row)
         self.columns = {form: [CLEAN, *suites] for form, suites in self.track["suites"].items()}
+
+    def whole(self) -> str:
+        """How much of the track the figures are of."""
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        left = f" Not all is run yet: {self.unfinished} rows are missing." if self.unfinished else ""
+        return f"Mean of {seeds}.{left}"
 
     def counts(self, key: tuple[str, ...], form: str, column: str) -> list[tuple[int, int]]:
         """(right, n) of every seed; clean ones are those of the suite with the most images."""
@@ -83,7 +90,7 @@ class Results:
 def table(result: dict[str, Any]) -> str:
     """Every row with intervals, beside what is published, and the difference where the setting is the paper's."""
     found = Results(result)
-    lines = []
+    lines = [found.whole(), ""]
     for form, columns in found.columns.items():
         heads = [*found.axes, "method", *(LABELS.get(c, c) for c in columns)]
         known = [c for c in columns if any(found.published(key, c) is not None for key in found.groups)]
@@ -119,7 +126,7 @@ def brief(result: dict[str, Any]) -> str:
     dense = [key for key in found.groups if key[0] == DENSE]
     starts = "; ".join(" ".join([*key[1:-1], cell(key)]) for key in dense)
     heads = [*found.axes[:-1], "method", *(f"sparsity {s}" for s in sparsities)]
-    return "\n".join([f"{words}. Dense: {starts}.", "", *_markdown(heads, rows)])
+    return "\n".join([f"{words}. Dense: {starts}. {found.whole()}", "", *_markdown(heads, rows)])
 
 
 def _in_order(found: Results) -> Iterator[tuple[str, ...]]:
