@@ -104,8 +104,8 @@ def table(result: dict[str, Any]) -> str:
             rows.append([*places, key[0], *cells, *(_beside(found, key, form, c) for c in known)])
         if rows:
             lines += [f"Form: {form}.", ""] if len(found.columns) > 1 else []
-            lines += _markdown(heads, rows)
-    return "\n".join(lines)
+            lines += [*_markdown(heads, rows), ""]
+    return "\n".join(lines).rstrip()
 
 
 def brief(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "reproduce"
@@ -85,18 +86,31 @@ TRACKS = sorted(path.parent.name for path in FOLDER.glob("*/track.toml"))
 @pytest.mark.parametrize("name", TRACKS)
 def test_every_row_of_a_track_is_a_recipe_that_can_run(track: Any, name: str, monkeypatch: pytest.MonkeyPatch):
     from rprune.attacks.suites import suite
+    from rprune.models.registry import Architecture, build
+    from rprune.objectives.base import OBJECTIVES
     from rprune.pruning.base import METHODS
+    from rprune.training.schedules import schedule
 
     monkeypatch.chdir(ROOT)
     found = track.Track.read(name)
     rows = list(found.rows())
     assert len({row.name for row in rows}) == len(rows) > 0
+    architectures: set[str] = set()
     for row in rows:
         recipe = track.recipe_of(found, row, "npz:images.npz")
         prune = next(stage for stage in recipe.stage if stage.kind == "prune")
         METHODS.build(prune.method)
+        OBJECTIVES.build(recipe.stage[0].objective, threat=recipe.threat.model())
+        for stage in recipe.stage:
+            if hasattr(stage, "schedule"):
+                schedule(stage.schedule)
+        architectures.add(recipe.model.arch)
         assert str(prune.sparsity) == row.places["sparsity"]
         assert recipe.seed == row.seed
+    for name in architectures:
+        side = found.table.get("subset", {"side": 32})["side"]
+        with torch.device("meta"):
+            build(Architecture(name, 10, (3, side, side)))
     for suites in found.suites.values():
         assert all(suite(text) for text in suites)
 
