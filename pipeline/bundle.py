@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -121,9 +122,8 @@ def export(
         deployed = Deployed.of(compacted(bench, artifact) if stage.compact else artifact)
         facts, result = _measured(bench, deployed, stage, out, attacks, certificates)
     made = {"seconds": round(meter.seconds, 3), "energy": meter.energy(here, resumed=resumed)}
-    if not here.first:
-        here.wait()
-        return read_report(out)
+    if not here.first:  # not from its file, which the first process may be moving
+        return Report.model_validate(json.loads(here.shared(None)))
     report = _report(bench, deployed, stage, out, source, facts, result, made)
     if source.policy is not None:
         after = Judged(out, report, read_samples(out / report.evidence.samples))
@@ -135,7 +135,7 @@ def export(
     # a rendering, not a subject: it shows the id of the report, which covers the subjects
     report = read_report(out)
     write_text(out / "report.html", render_html(report, broken_samples(out, report, bench.data.test), grams))
-    here.wait()
+    here.shared(json.dumps(report.to_json()))
     return report
 
 
