@@ -233,18 +233,18 @@ def finetune(
     if teacher is not None:
         network = teacher.model(bench.device).requires_grad_(False)
         taught = Distilled(inner=objective, teacher=network, weight=stage.teacher_weight, temperature=stage.temperature)
-    found, states, scores = [], [], []
+    found, states = [], []
     for part in range(1, stage.soup + 1):
         model = _placed(source.model(), bench, stage)
         name, file = ("finetune", state_file) if part == 1 else (f"finetune {part}", _part_of(state_file, part))
         found.append(_fit(bench, name, model, Fixed(model, masks), taught, stage, stage.epochs, file))
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        scores.append(_scores(bench, model, objective.attack_used)["score"] if stage.soup > 1 else 0.0)
 
     def score(state: dict[str, torch.Tensor]) -> float:
         model.load_state_dict(state)
         return _scores(bench, model, objective.attack_used)["score"]
 
+    scores = [fit.score or 0.0 for fit in found]
     mean, taken, _ = greedy_soup(states, scores, score)
     model.load_state_dict(mean)
     extra = {"soup": {"scores": scores, "taken": [i + 1 for i in taken]}} if stage.soup > 1 else {}

@@ -1,7 +1,7 @@
 """The papers' tables, made again: recipes of a track along its axes, within a time, resumed by the same command.
 
     python benchmarks/reproduce/run.py cpu --data npz:cifar10.npz             # some hours on two cores
-    python benchmarks/reproduce/run.py paper --data npz:cifar10.npz --only 'HARP-ResNet-18-PGD_AT' --budget 9m
+    python benchmarks/reproduce/run.py paper --data npz:cifar10.npz --only 'HARP-ResNet-18-PGD-AT' --budget 9m
 
 Tracks are the folders beside this file, or one of yours: recipes, and track.toml with what is made of them. Rows that
 share their dense start train it once. Each row runs in a process of its own; what it found is written down when it is
@@ -27,6 +27,8 @@ from typing import Any
 
 import tables
 from track import HERE, Row, Track, dense_of, make_dense, make_row
+
+from rprune.files import write_text
 
 RESULTS = HERE.parent / "results"
 
@@ -61,7 +63,7 @@ def main() -> None:
                 sys.exit(130)
             return
         whole = everything(track, options)
-        output.write_text(json.dumps(collected(track, options), indent=1) + "\n", encoding="utf-8")
+        write_text(output, json.dumps(collected(track, options), indent=1) + "\n")
     result = json.loads(output.read_text(encoding="utf-8"))
     print(tables.table(result))
     if options.plot is not None:
@@ -135,10 +137,7 @@ def work_on(track: Track, options: argparse.Namespace) -> None:
     else:
         row = next(row for row in track.rows() if name == row.name)
         found = make_row(track, row, source, options.work, options.device)
-    result = result_of(options.work, options.row)
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    partial.replace(result)
+    write_text(result_of(options.work, options.row), json.dumps(found, indent=1))
 
 
 def result_of(work: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,16 @@ class Results:
             "sparsity": sparsity,
             "metric": names["metrics"].get(column, ""),
         }
-        with (HERE / "published.csv").open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row["source"].startswith(names["source"]) and all(row[k] == v for k, v in wanted.items()):
-                    return float(row["value"])
+        for row in _published():
+            if row["source"].startswith(names["source"]) and all(row[k] == v for k, v in wanted.items()):
+                return float(row["value"])
         return None
+
+
+@cache
+def _published() -> list[dict[str, str]]:
+    with (HERE / "published.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -182,9 +188,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     high.append(max(shares) - mean)
             panel.errorbar(places, values, yerr=[low, high], marker="osD^vP"[index % 6], capsize=2, label=method)
         panel.set_xticks(range(len(sparsities)), sparsities)
-        panel.set(
-            title=LABELS.get(column, column), xlabel="sparsity", ylabel="accuracy, %" if panel is panels[0] else ""
-        )
+        panel.set(title=LABELS.get(column, column), xlabel="sparsity")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
     panels[-1].legend(fontsize="small")

@@ -96,11 +96,13 @@ def recipe_of(track: Track, row: Row, source: str) -> Any:
     from rprune.pipeline.stages import epochs_of
 
     recipe = read_recipe(row.recipe, [*row.settings, f"data.source={source}"])
+    if track.share == 1:
+        return recipe
     stages = [
         shortened(stage, max(1, round(track.share * epochs_of(stage)))) if epochs_of(stage) else stage
         for stage in recipe.stage
     ]
-    return recipe if track.share == 1 else recipe.model_copy(update={"stage": tuple(stages)})
+    return recipe.model_copy(update={"stage": tuple(stages)})
 
 
 def dense_of(track: Track, row: Row, source: str) -> tuple[str, Any]:
