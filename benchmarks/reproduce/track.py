@@ -64,7 +64,12 @@ class Track:
 
     @property
     def axes(self) -> dict[str, dict[str, list[str]]]:
-        return self.table["axis"]  # type: ignore[no-any-return]
+        """Settings by axis and place; on an axis that is ``cumulative`` a place has those of the places before it, too."""
+        axes: dict[str, dict[str, list[str]]] = dict(self.table["axis"])
+        for name in self.table.get("cumulative", []):
+            changes = itertools.accumulate(axes[name].values())
+            axes[name] = dict(zip(axes[name], changes, strict=True))
+        return axes
 
     @property
     def suites(self) -> dict[str, dict[str, int]]:
@@ -85,7 +90,7 @@ class Track:
                 self.methods.items(), *(axis.items() for axis in self.axes.values())
             ):
                 places = {axis: value for axis, (value, _) in zip(self.axes, values, strict=True)}
-                settings = [setting for _, found in values for setting in found]
+                settings = [*self.table.get("settings", []), *(setting for _, found in values for setting in found)]
                 yield Row(method, places, seed, recipe, (*settings, f"seed={seed}"))
 
 
