@@ -30,6 +30,12 @@ def verify(
     key: Annotated[
         Path | None, typer.Option("--key", help="Public key, PEM: its owner must have signed the bundle.")
     ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial", help="Files may be missing, all but evidence and main model; what they would show is told."
+        ),
+    ] = False,
     data: o.Data = None,
     limit: Annotated[
         int | None, typer.Option("-n", "--limit", help="reattack: so many samples of each kind.", min=1)
@@ -50,7 +56,9 @@ def verify(
     if level not in known:
         raise unknown_name("level", level, known)
     first = next((each for each in LEVELS if each == level), LEVELS[-1])
-    found = run_verify(bundle, first, None if policy is None else read_policy(policy, baseline=True), data, key)
+    found = run_verify(
+        bundle, first, None if policy is None else read_policy(policy, baseline=True), data, key, partial
+    )
     if level == REATTACK and found.passed:
         from rprune.pipeline.reattack import Reattack
 
@@ -67,6 +75,8 @@ def verify(
                 "integrity": found.integrity,
                 "checks": checks,
                 "unread": found.unread,
+                "absent": found.absent,
+                "unchecked": found.unchecked,
             }
         )
     else:
@@ -77,6 +87,9 @@ def verify(
         stdout.print(Text(words, "bold green" if found.passed else "bold red"))
         if found.passed and found.unread:
             stdout.print(Text(one_line(f"by their hash alone: {', '.join(found.unread)}")))
+        if found.passed and found.absent:
+            left = f"; unchecked without: {', '.join(found.unchecked)}" if found.unchecked else ""
+            stdout.print(Text(one_line(f"not here: {', '.join(found.absent)}{left}"), "yellow"))
         print_smoke(found.smoke)
     if not found.integrity:
         raise typer.Exit(5)

@@ -1,22 +1,27 @@
-"""Packed files back to the forms that they came from."""
+"""Packed files back to the forms that they came from, alone or in a bundle that was passed on without them."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rprune.errors import InputError, UsageError
+from rprune.errors import InputError, IntegrityError, UsageError
 from rprune.export.c.writer import c_source
 from rprune.export.compact_onnx import expanding
 from rprune.export.unpack import Packed, unpack
-from rprune.files import atomic, readable, write_text
+from rprune.files import atomic, file_digest, inside, is_endless, readable, write_text
 from rprune.pipeline.artifact import save_tensors
 from rprune.pipeline.forms import FILES, check_formats, rebuilt
+from rprune.reports.schema import read_report
+from rprune.reports.text import packed_forms
 
 MOST_BYTES = 1 << 30
+HINT = "do not trust this folder, or take the version of rprune that its report names: others may write other bytes"
 
 
 def unpacked(file: Path, out: Path, formats: Sequence[str] | None = None) -> list[Path]:
@@ -52,6 +57,46 @@ def unpacked(file: Path, out: Path, formats: Sequence[str] | None = None) -> lis
             written.append(out / f"model{suffix}")
             write_text(written[-1], text)
     return written
+
+
+def whole_bundle(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
+    """Copy a bundle, and add the files that it was passed on without and that its packed file restores.
+
+    Returns what was restored, and the names of files that are still missing: weights, masks and, beside integers, the
+    float model are in no packed file. ``out`` appears when all is there.
+
+    Raises:
+        InputError: no bundle, no packed file in it, or not a sound one.
+        IntegrityError: the packed file, or what it restores, is not what the report names.
+        UsageError: ``out`` exists.
+    """
+    report = read_report(folder)
+    packed = report.subject("packed")
+    if packed is None or not inside(folder, packed.name).is_file():
+        raise InputError(f"there is no packed file in {folder}", "restore only what 'rprune export' packed")
+    if out.exists():
+        raise UsageError(f"{out} exists", "choose another -o")
+    missing = {subject.role: subject for subject in report.subjects if not inside(folder, subject.name).exists()}
+    wanted = [role for role in packed_forms(report) if role in missing]
+    formats = ["c" if role == "c-header" else role for role in wanted]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+        whole = Path(work) / "bundle"
+        shutil.copytree(folder, whole, symlinks=True, ignore=_endless)
+        if formats:
+            for path in unpacked(whole / packed.name, Path(work) / "restored", formats):
+                if not (whole / path.name).exists():
+                    path.replace(whole / path.name)
+        for subject in (packed, *(missing[role] for role in wanted)):
+            if file_digest(inside(whole, subject.name)) != subject.sha256:
+                raise IntegrityError(f"{subject.name} differs from the sha256 in the report", HINT)
+        whole.replace(out)
+    restored = [out / missing[role].name for role in wanted]
+    return restored, [subject.name for role, subject in missing.items() if role not in wanted]
+
+
+def _endless(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if is_endless(Path(folder) / name)]
 
 
 def read_packed(file: Path) -> Packed:

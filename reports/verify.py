@@ -30,7 +30,7 @@ from rprune.reports.gate import NO_SMOKE, Policy, judge, policy_rule
 from rprune.reports.replay import Replay
 from rprune.reports.schema import Claim, Report, read_report
 from rprune.reports.signing import check_signature
-from rprune.reports.text import flags
+from rprune.reports.text import flags, main_role, packed_forms
 
 Level = Literal["hash", "static", "replay"]
 LEVELS: tuple[Level, ...] = ("hash", "static", "replay")
@@ -49,7 +49,8 @@ class Check:
 class Verification:
     """What was checked, in order. ``integrity`` is false when bytes differ; ``passed`` needs every check.
 
-    ``unread``: files of which the hash alone was checked.
+    ``unread``: files of which the hash alone was checked. ``absent``: files that are not here, where they may be
+    missing, and ``unchecked``: what could not be checked without them.
     """
 
     level: Level
@@ -57,6 +58,8 @@ class Verification:
     checks: list[Check] = field(default_factory=list)
     integrity: bool = True
     unread: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -80,6 +83,7 @@ def verify(
     policy: Policy | None = None,
     data: str | None = None,
     key: Path | None = None,
+    partial: bool = False,
 ) -> Verification:
     """Check a bundle up to ``level``; stops after the hashes when bytes are not the promised ones.
 
@@ -88,6 +92,8 @@ def verify(
         policy: if given, the report must have been made and judged under this policy.
         data: where the test data is here; None: the source that the report names.
         key: public key whose owner must have signed the bundle.
+        partial: files may be missing, all but the evidence and the model that the report's main claims are of; what
+            they would have been checked for is named as ``unchecked``.
 
     Raises:
         InputError: no readable report, or the data is not there.
@@ -96,18 +102,22 @@ def verify(
     report = read_report(folder)
     result = Verification(level, report.smoke)
     paths = {subject.name: inside(folder, subject.name) for subject in report.subjects}
+    if partial:
+        result.absent = [s.name for s in report.subjects if _spare(report, s.role) and not paths[s.name].exists()]
+    paths = {name: path for name, path in paths.items() if name not in result.absent}
     result.check("files", lambda: _files(folder, paths, report))
     result.check("report id", lambda: (report.id == report.computed_id(), "report.json against its own id"))
     result.check("recipe", lambda: (digest_of(report.recipe) == report.recipe_sha256, "the recipe against its digest"))
     if key is not None:
         result.check("signature", lambda: check_signature(folder, key))
     result.integrity = all(check.passed for check in result.checks)
-    result.unread = [s.name for s in report.subjects if level == "hash" or s.role in UNREAD]
-    if report.subject("c") and level != "hash" and not forms.can_write_c():
-        result.unread += [s.name for s in report.subjects if s.role in ("c", "c-header")]
+    here = [subject for subject in report.subjects if subject.name in paths]
+    result.unread = [s.name for s in here if level == "hash" or s.role in UNREAD]
+    if level != "hash" and not forms.can_write_c():
+        result.unread += [s.name for s in here if s.role in ("c", "c-header")]
     if not result.integrity or level == "hash":
         return result
-    roles = {subject.role: paths[subject.name] for subject in report.subjects}
+    roles = {subject.role: paths[subject.name] for subject in here}
     _static(result, report, paths, roles, policy)
     if level == "replay":
         try:
@@ -119,20 +129,35 @@ def verify(
             replay = Replay(report, paths, roles, found.test)
             for name, run in replay.checks():
                 result.check(name, run)
+            result.unchecked += replay.unchecked
     return result
 
 
 def _files(folder: Path, paths: dict[str, Path], report: Report) -> tuple[bool, str]:
     for subject in report.subjects:
+        if subject.name not in paths:
+            continue
         path = paths[subject.name]
         if not path.is_file():
-            return False, f"{subject.name} is missing"
+            return False, f"{subject.name} is missing{_mend(report, subject.role)}"
         if file_digest(path) != subject.sha256:
             return False, f"{subject.name} differs from its sha256"
     strange = sorted({file.resolve() for file in folder.iterdir() if file.suffix in MODELS} - set(paths.values()))
     if strange:
         return False, f"the report does not name {strange[0].name}, which lies beside it"
-    return True, f"{len(report.subjects)} files match their hashes"
+    whole = "" if len(paths) == len(report.subjects) else f" of {len(report.subjects)}"
+    return True, f"{len(paths)}{whole} files match their hashes"
+
+
+def _spare(report: Report, role: str) -> bool:
+    """Whether the main claims can be checked without such a file."""
+    return role not in ("evidence", main_role(report))
+
+
+def _mend(report: Report, role: str) -> str:
+    if role in packed_forms(report):
+        return "; 'rprune unpack' restores it from the packed file"
+    return "; --partial does without it" if _spare(report, role) else ""
 
 
 def _data(report: Report, found: DataSet) -> tuple[bool, str]:
@@ -150,7 +175,9 @@ def _static(
     if result.check("evidence", lambda: _evidence(report)):
         result.check("sample rows", lambda: _sample_rows(paths[report.evidence.samples]))
     result.check("sparsity", lambda: _sparsity(report, roles))
-    if report.sparsity.int8_zeros_equal_float_zeros is not None:
+    if "onnx" not in roles:
+        result.unchecked.append("zeros of the float file")
+    elif report.sparsity.int8_zeros_equal_float_zeros is not None:
         result.check("zeros", lambda: _zeros(report, roles))
     if "onnx-int8" in roles:
         result.check("8 bit", lambda: _int8(roles["onnx-int8"]))
@@ -171,10 +198,11 @@ def _static(
 
 def _sizes(report: Report, paths: dict[str, Path]) -> tuple[bool, str]:
     sizes = {name: path.stat().st_size for name, path in paths.items()}
-    right = all(subject.bytes == sizes[subject.name] for subject in report.subjects)
-    right = right and all(sizes[name] == size for name, size in report.size.items() if name != "dense_float32_weights")
+    said = {subject.name: subject.bytes for subject in report.subjects}
+    right = all(said[name] == size for name, size in sizes.items())
+    right = right and all(said[name] == size for name, size in report.size.items() if name != "dense_float32_weights")
     right = right and report.size["dense_float32_weights"] == 4 * report.model["parameters"]
-    return right, "bytes of every file recomputed"
+    return right, f"bytes of {'every file' if len(sizes) == len(said) else 'the files that are here'} recomputed"
 
 
 def _evidence(report: Report) -> tuple[bool, str]:
@@ -208,8 +236,10 @@ def _sparsity(report: Report, roles: dict[Any, Path]) -> tuple[bool, str]:
     right = right and (stated.kept, stated.total) == (kept, total) and total <= whole
     right = right and _close(stated.overall, 1 - kept / whole)
     right = right and all(_close(e.sparsity, 1 - e.nonzero / math.prod(e.shape)) for e in stated.by_layer)
-    floats = sum(int(np.count_nonzero(array)) for array in stored_weights(roles["onnx"]).values())
-    right = right and stated.float_nonzero == floats and _within(stated.budget, kept, report)
+    if "onnx" in roles:
+        floats = sum(int(np.count_nonzero(array)) for array in stored_weights(roles["onnx"]).values())
+        right = right and stated.float_nonzero == floats
+    right = right and _within(stated.budget, kept, report)
     right = right and (stated.target is None or stated.overall >= stated.target - 1e-12)
     before = "" if whole == total else f" ({whole} before shrinking, says the report)"
     return right, f"{kept} of {total} weights counted in {path.name}{before}, budget {stated.budget}"

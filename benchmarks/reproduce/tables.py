@@ -24,7 +24,15 @@ LABELS = {
     "aa-quant": "AA, 8-bit",
     "square": "Square",
 }
-METRICS = {"nat": "clean", "pgd": "PGD", "pgd10": "PGD-10", "cw": "C&W", "apgd": "APGD", "aa": "AA", "square": "Square"}  # published
+METRICS = {
+    "nat": "clean",
+    "pgd": "PGD",
+    "pgd10": "PGD-10",
+    "cw": "C&W",
+    "apgd": "APGD",
+    "aa": "AA",
+    "square": "Square",
+}  # published
 
 
 class Results:

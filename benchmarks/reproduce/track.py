@@ -64,7 +64,7 @@ class Track:
 
     @property
     def axes(self) -> dict[str, dict[str, list[str]]]:
-        """Settings by axis and place; on an axis that is ``cumulative`` a place has those of the places before it, too."""
+        """Settings by axis and place; on a ``cumulative`` axis a place has those of the places before it, too."""
         axes: dict[str, dict[str, list[str]]] = dict(self.table["axis"])
         for name in self.table.get("cumulative", []):
             changes = itertools.accumulate(axes[name].values())
