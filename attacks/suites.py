@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from rprune.attacks.adapter import Adapter
@@ -77,8 +77,8 @@ def _attacks(spec: str | Mapping[str, Any]) -> tuple[Attack, ...]:
     return (ATTACKS.build(spec),)
 
 
-def with_transfer(attacks: tuple[Attack, ...]) -> tuple[Attack, ...]:
-    """A suite for an artifact that has parents: if it holds no transfer, its gradient attacks run on them as well."""
-    if any(isinstance(attack, Transfer) for attack in attacks):
+def with_transfer(attacks: tuple[Attack, ...], parents: Sized) -> tuple[Attack, ...]:
+    """A suite for an artifact: if it has parents, and the suite no transfer, gradient attacks run on them as well."""
+    if not parents or any(isinstance(attack, Transfer) for attack in attacks):
         return attacks
     return (*attacks, *(Transfer(attack=a) for a in attacks if a.needs_gradient and not isinstance(a, FAB)))

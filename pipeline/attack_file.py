@@ -149,7 +149,7 @@ def attack_file(opened: Opened, plan: Plan, out: Path) -> Result:
 
 def _attacks(opened: Opened, suite: str) -> tuple[Attack, ...]:
     attacks = opened.bench.suite(suite)
-    return with_transfer(attacks) if opened.target.parents else attacks
+    return with_transfer(attacks, opened.target.parents)
 
 
 def _threats(name: str, threat: ThreatModel) -> list[ThreatModel]:

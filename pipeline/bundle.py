@@ -283,8 +283,7 @@ def _attack(
     proved: Tensor | None,
 ) -> Assessment:
     """The suite on one file. Its ledger lies beside the file until the export is whole, so that it continues."""
-    if target.parents:
-        attacks = with_transfer(attacks)
+    attacks = with_transfer(attacks, target.parents)
     # the search runs where the data lies; the 8-bit simulation is exact on the CPU alone
     device = CPU if target.parents else bench.device
     test = bench.data.test

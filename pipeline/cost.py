@@ -99,8 +99,7 @@ def _of_attacks(bench: Bench, stage: ExportStage, source: Artifact) -> tuple[flo
     artifact = compacted(bench, source) if stage.compact else source
     for form, target in of_artifact(artifact, bench.device).items():
         device = bench.device if form == "float" else CPU
-        suite = with_transfer(attacks) if target.parents else attacks
-        more = _of_suite(bench, target, suite, device)
+        more = _of_suite(bench, target, with_transfer(attacks, target.parents), device)
         flops, seconds = flops + samples * more[0], seconds + samples * more[1]
     return flops, seconds
 

@@ -157,7 +157,7 @@ class Reattack:
         known = all(part.strip() in {**SUITES, **ATTACKS.all()} for part in name.split(","))
         said, used = (name, name) if known else (f"{INSTEAD} (in place of {name})", INSTEAD)
         attacks = suite(used)
-        return said, with_transfer(attacks) if self.opened.target.parents else attacks
+        return said, with_transfer(attacks, self.opened.target.parents)
 
     def _some(self, ids: list[int], count: int | None) -> Tensor:
         chosen = ids if count is None else self._dice.sample(ids, min(count, len(ids)))

@@ -181,7 +181,7 @@ def measure(
     for form, target in targets.items():
         data = loader(bench.data.split(split), bench.device if form in ("float", "program") else CPU)
         found = robustness(
-            target, data, bench.threat, with_transfer(attacks) if target.parents else attacks, seed=bench.seed,
+            target, data, bench.threat, with_transfer(attacks, target.parents), seed=bench.seed,
             limit=limit, grid=False, together=True,
             on_progress=lambda name, *counts, on=form: bench.reporter.progress(f"{name} on {on}", *counts),
         )  # fmt: skip

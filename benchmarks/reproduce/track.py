@@ -164,8 +164,7 @@ def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, 
     opened = open_target(artifact, Request(arch=arch, seed=recipe.seed, device=device), Lines())
     bench, counts = opened.bench, {}
     for suite, limit in track.suites.get(form, {}).items():
-        attacks = bench.suite(suite)
-        attacks = with_transfer(attacks) if opened.target.parents else attacks
+        attacks = with_transfer(bench.suite(suite), opened.target.parents)
         key = ledger_key(
             opened.identity, bench.data.test.digest, bench.threat, attacks, bench.seed, bench.device.type, form=form
         )

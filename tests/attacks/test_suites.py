@@ -106,8 +106,9 @@ def test_names_that_mean_nothing(name, error, words):
 
 
 def test_suite_of_an_artifact_with_parents_transfers():
-    assert with_transfer(suite("aa-quant")) == suite("aa-quant")
-    more = with_transfer(suite("aa-standard"))
+    assert with_transfer(suite("aa-standard"), ()) == suite("aa-standard")
+    assert with_transfer(suite("aa-quant"), ["a parent"]) == suite("aa-quant")
+    more = with_transfer(suite("aa-standard"), ["a parent"])
     assert more[:4] == suite("aa-standard")
     assert [attack.label for attack in more[4:]] == ["transfer apgd-ce", "transfer apgd-t"]
 

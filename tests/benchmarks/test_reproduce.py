@@ -125,6 +125,29 @@ def test_rows_share_a_dense_start_when_nothing_before_pruning_differs(track: Any
     assert all(len(places) == 1 for places in starts.values())
 
 
+def test_settings_hold_in_every_row_and_changes_add_up(track: Any, tmp_path: Path):
+    (tmp_path / "lwm.toml").write_text(RECIPE.format(name="LWM", method="lwm", epochs=""))
+    (tmp_path / "track.toml").write_text("""
+    recipes = ["lwm"]
+    seeds = [3]
+    settings = ["stage.train.lr=0.5"]
+    cumulative = ["change"]
+    [suites]
+    [axis.change]
+    none = []
+    one = ["stage.finetune.lr=0.1"]
+    two = ["stage.finetune.epochs=7", "stage.finetune.lr=0.2"]
+    [axis.sparsity]
+    "0.5" = ["stage.prune.sparsity=0.5"]
+    """)
+    rows = list(track.Track.read(tmp_path).rows())
+    first, last = ["stage.train.lr=0.5"], ["stage.prune.sparsity=0.5", "seed=3"]
+    one, two = ["stage.finetune.lr=0.1"], ["stage.finetune.epochs=7", "stage.finetune.lr=0.2"]
+    assert [list(row.settings) for row in rows] == [[*first, *more, *last] for more in ([], one, [*one, *two])]
+    tune = track.recipe_of(track.Track.read(tmp_path), rows[2], "digits").stage[2]
+    assert (tune.lr, tune.epochs) == (0.2, 7), "the later change wins"
+
+
 def test_a_shorter_track_says_so_in_every_stage(track: Any):
     whole, short = track.Track.read("paper"), track.Track.read("paper", 0.1)
     row = next(row for row in whole.rows() if row.method == "HARP")
