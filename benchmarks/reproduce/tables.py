@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 from collections.abc import Iterator
 from functools import cache
@@ -54,24 +55,34 @@ class Results:
         left = f" Not all is run yet: {self.unfinished} rows are missing." if self.unfinished else ""
         return f"Mean of {seeds}.{left}"
 
-    def counts(self, key: tuple[str, ...], form: str, column: str) -> list[tuple[int, int]]:
-        """(right, n) of every seed; clean ones are those of the suite with the most images."""
-        found = [row["counts"][form] for row in self.groups.get(key, []) if form in row["counts"]]
+    def counts(self, key: tuple[str, ...], form: str, column: str) -> dict[int, tuple[int, int]]:
+        """(right, n) by seed; clean ones are those of the suite with the most images."""
+        found = {row["seed"]: row["counts"][form] for row in self.groups.get(key, []) if form in row["counts"]}
         if column == CLEAN:
-            return [(best["clean"], best["n"]) for best in (max(f.values(), key=lambda c: c["n"]) for f in found)]
-        return [(f[column]["robust"], f[column]["n"]) for f in found]
+            most = {seed: max(suites.values(), key=lambda c: c["n"]) for seed, suites in found.items()}
+            return {seed: (best["clean"], best["n"]) for seed, best in most.items()}
+        return {seed: (suites[column]["robust"], suites[column]["n"]) for seed, suites in found.items()}
+
+    def shares(self, key: tuple[str, ...], form: str, column: str) -> dict[int, float]:
+        """Percent by seed."""
+        return {seed: 100 * right / n for seed, (right, n) in self.counts(key, form, column).items()}
 
     def mean(self, key: tuple[str, ...], form: str, column: str) -> float | None:
-        """Mean over seeds, in percent."""
-        shares = [100 * right / n for right, n in self.counts(key, form, column)]
-        return statistics.mean(shares) if shares else None
+        """Over seeds, in percent."""
+        shares = self.shares(key, form, column)
+        return statistics.mean(shares.values()) if shares else None
+
+    def beats(self, one: tuple[str, ...], other: tuple[str, ...], form: str, column: str) -> bool:
+        """Whether one has the higher accuracy from every seed that both have."""
+        ones, others = (self.shares(key, form, column) for key in (one, other))
+        return all(ones[seed] > others[seed] for seed in ones.keys() & others.keys())
 
     def cell(self, key: tuple[str, ...], form: str, column: str) -> str:
         """Mean over seeds, and the 95 % interval of one with as many images (seeds share them)."""
         counts, mean = self.counts(key, form, column), self.mean(key, form, column)
         if mean is None:
             return "–"
-        n = counts[0][1]
+        n = next(iter(counts.values()))[1]
         low, high = clopper_pearson(round(mean / 100 * n), n)
         return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
@@ -144,6 +155,31 @@ def brief(result: dict[str, Any]) -> str:
     return "\n".join([f"{words}. Dense: {starts}. {found.whole()}", "", *_markdown(heads, rows)])
 
 
+def order(result: dict[str, Any]) -> str:
+    """At every place and column with two published methods or more: the paper's order, ours, how many pairs agree."""
+    found = Results(result)
+    form, columns = next(iter(found.columns.items()))
+    rows = []
+    for place in dict.fromkeys(key[1:] for key in _in_order(found) if key[0] != DENSE):
+        keys = [key for key in found.groups if key[1:] == place]
+        for column in columns:
+            papers = {key: value for key in keys if (value := found.published(key, column)) is not None}
+            ours = {key: mean for key in papers if (mean := found.mean(key, form, column)) is not None}
+            if len(ours) < 2:
+                continue
+            pairs = list(itertools.combinations(sorted(papers, key=lambda key: -papers[key]), 2))
+            means = sum(ours[better] > ours[worse] for better, worse in pairs)
+            seeds = sum(found.beats(better, worse, form, column) for better, worse in pairs)
+            names = [_ranked(papers), _ranked(ours)]
+            rows.append([*place, LABELS.get(column, column), *names, *(f"{n} of {len(pairs)}" for n in (means, seeds))])
+    heads = [*found.axes, "accuracy", "the paper's order", "here", "pairs that agree in the mean", "and in every seed"]
+    return "\n".join([found.whole(), "", *_markdown(heads, rows)])
+
+
+def _ranked(values: dict[tuple[str, ...], float]) -> str:
+    return " > ".join(f"{key[0]} {values[key]:.1f}" for key in sorted(values, key=lambda key: -values[key]))
+
+
 def _in_order(found: Results) -> Iterator[tuple[str, ...]]:
     """Dense first, then by place, in each place by method."""
     yield from (key for key in found.groups if key[0] == DENSE)
@@ -188,7 +224,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for index, method in enumerate(dict.fromkeys(key[0] for key in found.groups if key[0] != DENSE)):
             places, values, low, high = [], [], [], []
             for place, sparsity in enumerate(sparsities):
-                shares = [100 * right / n for right, n in found.counts((method, sparsity), form, column)]
+                shares = found.shares((method, sparsity), form, column).values()
                 if shares:
                     mean = statistics.mean(shares)
                     places.append(place + 0.04 * (index - 2.5))

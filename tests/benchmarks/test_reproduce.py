@@ -203,6 +203,20 @@ def test_the_brief_table_has_a_line_a_method_and_a_gap_for_what_is_missing(table
     assert lines[-2:] == ["| HARP | 81.0 / 44.5 | – / – |", "| HYDRA | 70.0 / 40.0 | – / – |"]
 
 
+def test_the_order_counts_pairs_in_the_mean_and_in_every_seed(tables: Any):
+    lines = tables.order(result()).splitlines()[4:]
+    assert lines == [
+        "| 0.99 | clean | HARP 80.1 > HYDRA 75.5 | HARP 81.0 > HYDRA 70.0 | 1 of 1 | 1 of 1 |",
+        "| 0.99 | AA | HARP 45.6 > HYDRA 40.9 | HARP 44.5 > HYDRA 40.0 | 1 of 1 | 1 of 1 |",
+    ]
+    found = result()
+    rows = found["rows"]
+    rows.append(rows[3] | {"seed": 1, "counts": {"float": {"aa-standard": {"clean": 900, "robust": 480, "n": 1000}}}})
+    clean, aa = tables.order(found).splitlines()[4:]
+    assert clean.endswith("| HARP 81.0 > HYDRA 80.0 | 1 of 1 | 0 of 1 |"), "better in the mean, worse from seed 1"
+    assert aa.endswith("| HARP 44.5 > HYDRA 44.0 | 1 of 1 | 0 of 1 |")
+
+
 def test_the_plot_is_drawn(tables: Any, tmp_path: Path):
     tables.plot(result(), tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
