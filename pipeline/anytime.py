@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 from rprune.files import digest_of, write_json
 from rprune.pipeline.cost import Cost
-from rprune.pipeline.recipe import Section, Stage
+from rprune.pipeline.recipe import PruneStage, Stage, Trained
 from rprune.pipeline.stages import epochs_of
+from rprune.pruning.base import METHODS
+from rprune.training import schedules
 from rprune.training.world import World
 
-Kind = TypeVar("Kind", bound=Section)
+Kind = TypeVar("Kind", bound=Trained)
 FILE = "budget.json"
 LEAST = 0.5  # of the budget for training, however long certificates and attacks may take
 COUNTED = ("warmup", "awp_from")  # fields of a stage that count its epochs
@@ -87,10 +89,18 @@ class Anytime:
 
 
 def shortened(stage: Kind, epochs: int) -> Kind:
-    """A stage of fewer epochs; what it counts in epochs shrinks with them, and schedules do by themselves."""
-    whole = epochs_of(stage)
+    """A stage of fewer epochs; what it, its schedule and its method count in epochs shrinks with them."""
+    share = epochs / epochs_of(stage)
     changes: dict[str, Any] = {"epochs": epochs}
     for name in COUNTED:
         count = getattr(stage, name)
-        changes[name] = type(count)(count * epochs / whole)
+        changes[name] = type(count)(share * count)
+    changes["schedule"] = schedules.shortened(stage.schedule, share)
+    if isinstance(stage, PruneStage):
+        method = METHODS.build(stage.method)
+        counts = {name: getattr(method, name) for name in method.counted if getattr(method, name) is not None}
+        fewer = {name: max(min(count, 1), int(share * count)) for name, count in counts.items()}
+        if fewer != counts:
+            said = {"name": stage.method} if isinstance(stage.method, str) else stage.method
+            changes["method"] = said | fewer
     return stage.model_copy(update=changes)

@@ -131,6 +131,7 @@ class RobustADMM(Method):
     cost: ClassVar[str] = "a training step + 1 pass over the weights"
     lr: ClassVar[float] = 0.01
     structures: ClassVar[tuple[str, ...]] = ("weight", "column", "filter", "channel")
+    counted: ClassVar[tuple[str, ...]] = ("every",)
     paper_settings: ClassVar[Settings] = {
         "threat": {"norm": "linf", "eps": "8/255"},
         "train": {"objective": "pgd-at", "epochs": 200, "lr": 0.1, "weight_decay": 1e-4},

@@ -229,7 +229,8 @@ class Method(Configured, ABC):
 
     Class variables: ``epochs`` of the pruning step in the paper, 0 for methods that do not train in it, and its ``lr``;
     ``paper``, what it ``learns``, ``cost`` and ``structures`` (of which the first is the default) for ``rprune list
-    methods``; ``paper_settings``, what the authors ran, as tables of the stages and the threat (preset "paper").
+    methods``; ``paper_settings``, what the authors ran, as tables of the stages and the threat (preset "paper");
+    ``counted``, options that count epochs, which shrink with a stage that a time budget shortens.
     """
 
     epochs: ClassVar[int] = 20
@@ -239,6 +240,7 @@ class Method(Configured, ABC):
     learns: ClassVar[str] = "nothing"
     cost: ClassVar[str] = ""
     structures: ClassVar[tuple[str, ...]] = ("weight",)
+    counted: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def bind(self, model: nn.Module, budget: Budget, context: Context) -> Pruner:

@@ -30,6 +30,7 @@ class S2AP(Method):
     paper: ClassVar[str] = "Piras et al., arXiv 2025"
     learns: ClassVar[str] = "what its host learns"
     cost: ClassVar[str] = "its host + 1 forward, 1 backward"
+    counted: ClassVar[tuple[str, ...]] = ("warmup",)
     paper_settings: ClassVar[Settings] = HARP | {"finetune": HARP["finetune"] | {"awp": 0.01}}
 
     host: str | dict[str, Any] = "harp"

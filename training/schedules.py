@@ -57,6 +57,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 NUMBERS = {"piecewise": (0.0, 1.0, 9), "one-cycle": (0.0, 1.0, 1), "thirds": (0.0, math.inf, 1)}
 """Range (exclusive) and greatest count of the numbers that a schedule takes."""
+COUNTED = {"thirds": 20.0}
+"""Schedules that count epochs, and from which number; the others go by shares of a stage."""
 
 
 def schedule(name: str) -> Schedule:
@@ -65,6 +67,14 @@ def schedule(name: str) -> Schedule:
     if kind not in SCHEDULES:
         raise unknown_name("schedule", kind, SCHEDULES)
     return SCHEDULES[kind](*_numbers(name, kind, text.split(",") if text else []))
+
+
+def shortened(name: str, share: float) -> str:
+    """The schedule for this share of the epochs: the same name, but where its number counts epochs."""
+    kind, _, text = name.partition(":")
+    if kind not in COUNTED:
+        return name
+    return f"{kind}:{share * (float(text) if text else COUNTED[kind]):g}"
 
 
 def _numbers(name: str, kind: str, texts: Sequence[str]) -> list[float]:

@@ -4,9 +4,11 @@
     python benchmarks/reproduce/run.py paper --data npz:cifar10.npz --only 'HARP-ResNet-18-PGD-AT' --budget 9m
 
 Tracks are the folders beside this file, or one of yours: recipes, and track.toml with what is made of them. Rows that
-share their dense start train it once. Each row runs in a process of its own; what it found is written down when it is
-whole, and what was interrupted goes on after its last epoch or attack batch. ``--shorten 0.1`` trains for a tenth of
-the epochs, as the result file then says; ``--table`` prints what the committed one holds.
+share their dense start train it once, those of other tracks in the same work folder, too. Each row runs in a process of
+its own; what it found is written down when it is whole, and what was interrupted goes on after its last epoch or attack
+batch. 8-bit forms are attacked on CPUs, where their simulation is exact: ``--forms float`` leaves them for a later call
+without a GPU. ``--shorten 0.1`` trains for a tenth of the epochs, as the result file then says; ``--table`` prints what
+the committed one holds.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import tables
-from track import HERE, Row, Track, dense_of, make_dense, make_row
+from track import DENSE, FLOAT, HERE, Row, Track, dense_of, make_dense, make_row
 
 from rprune.files import write_text
 
@@ -35,13 +38,16 @@ RESULTS = HERE.parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("track", help="cpu, paper, ours, or a folder of your own")
+    parser.add_argument("track", help="a folder beside this file, for example cpu or paper, or one of your own")
     parser.add_argument("--table", action="store_true", help="print the table of the committed result file, and stop")
     parser.add_argument("--data", help="CIFAR-10: npz:FILE or cifar10:DIR")
-    parser.add_argument("--work", type=Path, help="where stages and finished rows lie; default: runs/reproduce-TRACK")
+    parser.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="where stages and finished rows lie")
     parser.add_argument("--budget", help="stop after this time, for example 9m; the same command goes on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="rows at once, each on one thread; 1 on a GPU")
+    parser.add_argument(
+        "--forms", nargs="+", help="attack these alone: float, 8-bit, codebook; default: all of the track"
+    )
     parser.add_argument("--only", default="", help="rows whose names match this regular expression")
     parser.add_argument("--shorten", type=float, default=1.0, help="train for this share of the recipes' epochs")
     parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/reproduce_TRACK.json")
@@ -54,8 +60,8 @@ def main() -> None:
     if not options.table:
         if options.data is None:
             parser.error("say where CIFAR-10 lies: --data npz:FILE or cifar10:DIR")
-        options.work = options.work or Path("runs") / f"reproduce-{name}"
         track = Track.read(options.track, options.shorten)
+        options.forms = [form for form in track.suites if form in (options.forms or track.suites)]
         if options.row is not None:
             try:
                 work_on(track, options)
@@ -89,14 +95,16 @@ def everything(track: Track, options: argparse.Namespace) -> bool:
     def done(name: str, after: str | None) -> bool:
         if after is not None and not runs[after].result():
             return False
-        return result_of(options.work, name).exists() or in_process(name, options, deadline)
+        forms = options.forms if after is not None else [FLOAT]
+        return is_whole(result_of(options.work, name), forms) or in_process(name, options, deadline)
 
     with ThreadPoolExecutor(options.jobs) as pool:  # first come, first served: what a row waits for has begun
         for row in chosen(track, options):
-            start = f"dense/{dense_of(track, row, source)[0]}"
+            start = f"{DENSE}/{dense_of(track, row, source)[0]}"
             if start not in runs:
                 runs[start] = pool.submit(done, start, None)
-            runs[f"rows/{row.name}"] = pool.submit(done, f"rows/{row.name}", start)
+            name = f"{track.name}/{row.name}"
+            runs[name] = pool.submit(done, name, start)
     finished = [run.result() for run in runs.values()]  # raises where one failed
     return all(finished)
 
@@ -107,6 +115,7 @@ def in_process(name: str, options: argparse.Namespace, deadline: float) -> bool:
         return False
     command = [sys.executable, __file__, options.track, "--row", name, "--data", options.data]
     command += ["--work", str(options.work), "--device", options.device, "--shorten", str(options.shorten)]
+    command += ["--forms", *options.forms]
     log = options.work / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
@@ -131,17 +140,22 @@ def work_on(track: Track, options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     source = subset(track, options.data, options.work)
     kind, _, name = options.row.partition("/")
-    if kind == "dense":
+    if kind == DENSE:
         row = next(row for row in track.rows() if name == dense_of(track, row, source)[0])
         found = make_dense(track, row, source, options.work, options.device)
     else:
         row = next(row for row in track.rows() if name == row.name)
-        found = make_row(track, row, source, options.work, options.device)
+        found = make_row(track, row, source, options.work, options.device, options.forms)
     write_text(result_of(options.work, options.row), json.dumps(found, indent=1))
 
 
 def result_of(work: Path, name: str) -> Path:
     return work / f"{name}.json"
+
+
+def is_whole(path: Path, forms: Iterable[str]) -> bool:
+    """Whether a row has a result of every one of these forms."""
+    return path.exists() and set(forms) <= json.loads(path.read_text(encoding="utf-8"))["counts"].keys()
 
 
 def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
@@ -150,9 +164,13 @@ def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
 
     source = subset(track, options.data, options.work)
     rows = chosen(track, options)
-    starts = dict.fromkeys(f"dense/{dense_of(track, row, source)[0]}" for row in rows)
-    results = {name: result_of(options.work, name) for name in [*starts, *(f"rows/{row.name}" for row in rows)]}
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in results.values() if path.exists()]
+    commands = {f"{DENSE}/{dense_of(track, row, source)[0]}": row.command for row in reversed(rows)}
+    forms = dict.fromkeys(reversed(commands), [FLOAT])
+    commands |= {f"{track.name}/{row.name}": row.command for row in rows}
+    forms |= {f"{track.name}/{row.name}": list(track.suites) for row in rows}
+    results = {name: result_of(options.work, name) for name in forms}
+    whole = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in results.items() if path.exists()}
+    found = [row | {"command": commands[name]} for name, row in whole.items()]
     more = f" --only {shlex.quote(options.only)}" if options.only else ""
     more += f" --shorten {options.shorten:g}" if options.shorten != 1 else ""
     return {
@@ -162,7 +180,7 @@ def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(options.device),
         "process_seconds": sum(row["seconds"] for row in found),
         "rows": found,
-        "unfinished": [name for name, path in results.items() if not path.exists()],
+        "unfinished": [name for name, path in results.items() if not is_whole(path, forms[name])],
     }
 
 
@@ -171,7 +189,7 @@ def subset(track: Track, source: str, work: Path) -> str:
     wanted = track.table.get("subset")
     if wanted is None:
         return source
-    path = work / "subset.npz"
+    path = work / "subset-{train}-{test}-{side}.npz".format(**wanted)
     if not path.exists():
         import numpy as np
 

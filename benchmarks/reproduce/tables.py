@@ -21,6 +21,7 @@ LABELS = {
     "cw20-harp": "C&W-20",
     "apgd50x5": "APGD 50x5",
     "aa-lite": "AA-lite",
+    "aa-torchattacks10": "AA of 10 steps",
     "aa-standard": "AA",
     "aa-quant": "AA, 8-bit",
     "square": "Square",
@@ -86,10 +87,10 @@ class Results:
         low, high = clopper_pearson(round(mean / 100 * n), n)
         return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
-    def published(self, key: tuple[str, ...], column: str) -> float | None:
-        """What the track's source reports at this place."""
+    def published(self, key: tuple[str, ...], form: str, column: str) -> float | None:
+        """What the track's source reports at this place, of this form."""
         names = self.track.get("published")
-        if names is None:
+        if names is None or form != names.get("form", "float"):
             return None
         method = names["methods"].get(key[0], key[0])
         places = dict(zip(self.axes, key[1:], strict=True))
@@ -119,7 +120,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [found.whole(), ""]
     for form, columns in found.columns.items():
         heads = [*found.axes, "method", *(LABELS.get(c, c) for c in columns)]
-        known = [c for c in columns if any(found.published(key, c) is not None for key in found.groups)]
+        known = [c for c in columns if any(found.published(key, form, c) is not None for key in found.groups)]
         heads += [f"paper: {METRICS[found.track['published']['metrics'][c]]}" for c in known]
         rows = []
         for key in _in_order(found):
@@ -163,7 +164,7 @@ def order(result: dict[str, Any]) -> str:
     for place in dict.fromkeys(key[1:] for key in _in_order(found) if key[0] != DENSE):
         keys = [key for key in found.groups if key[1:] == place]
         for column in columns:
-            papers = {key: value for key in keys if (value := found.published(key, column)) is not None}
+            papers = {key: value for key in keys if (value := found.published(key, form, column)) is not None}
             ours = {key: mean for key in papers if (mean := found.mean(key, form, column)) is not None}
             if len(ours) < 2:
                 continue
@@ -193,7 +194,7 @@ def _rank(found: Results, key: tuple[str, ...]) -> list[int]:
 
 
 def _beside(found: Results, key: tuple[str, ...], form: str, column: str) -> str:
-    value, mean = found.published(key, column), found.mean(key, form, column)
+    value, mean = found.published(key, form, column), found.mean(key, form, column)
     if value is None or mean is None:
         return "–"
     return f"{value:.1f} ({mean - value:+.1f})" if found.track["published"].get("same_setting") else f"{value:.1f}"

@@ -10,13 +10,14 @@ import re
 import shlex
 import time
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 DENSE = "dense"
+FLOAT, CODEBOOK = "float", "codebook"  # forms; "8-bit" are integers
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Row:
     seed: int
     recipe: Path
     settings: tuple[str, ...]  # as --set has them
+    data: str
 
     @property
     def name(self) -> str:
@@ -37,8 +39,8 @@ class Row:
 
     @property
     def command(self) -> str:
-        """What does the same by hand."""
-        sets = " ".join(f"--set {shlex.quote(text)}" for text in self.settings)
+        """What makes the same net by hand; a subset lies in the work folder."""
+        sets = " ".join(f"--set {shlex.quote(text)}" for text in (*self.settings, f"data.source={self.data}"))
         return f"rprune run {os.path.relpath(self.recipe, HERE.parent.parent)} {sets}"
 
 
@@ -55,6 +57,10 @@ class Track:
         """``name``: a folder beside this file, or anywhere. Raises FileNotFoundError where it is no track."""
         folder = HERE / name
         return cls(folder, tomllib.loads((folder / "track.toml").read_text(encoding="utf-8")), share)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
     @property
     def methods(self) -> dict[str, Path]:
@@ -85,13 +91,14 @@ class Track:
         }
 
     def rows(self) -> Iterator[Row]:
+        data = "npz:subset.npz" if "subset" in self.table else "npz:cifar10.npz"
         for seed in self.table["seeds"]:
             for (method, recipe), *values in itertools.product(
                 self.methods.items(), *(axis.items() for axis in self.axes.values())
             ):
                 places = {axis: value for axis, (value, _) in zip(self.axes, values, strict=True)}
                 settings = [*self.table.get("settings", []), *(setting for _, found in values for setting in found)]
-                yield Row(method, places, seed, recipe, (*settings, f"seed={seed}"))
+                yield Row(method, places, seed, recipe, (*settings, f"seed={seed}"), data)
 
 
 def recipe_of(track: Track, row: Row, source: str) -> Any:
@@ -124,30 +131,33 @@ def make_dense(track: Track, row: Row, source: str, work: Path, device: str) -> 
     name, recipe = dense_of(track, row, source)
     started, folder = time.monotonic(), work / DENSE / name
     outcomes = Runner(recipe, row.recipe.parent, folder / "run", Lines(), device).run()
-    found = measure(track, recipe, outcomes[-1].folder, "float", folder, device)
-    return describe(Row(DENSE, track.of_start(row), row.seed, row.recipe, row.settings), started, outcomes, found)
+    found = measure(track, recipe, outcomes[-1].folder, FLOAT, folder, device)
+    start = replace(row, method=DENSE, places=track.of_start(row))
+    return describe(start, started, outcomes, found)
 
 
-def make_row(track: Track, row: Row, source: str, work: Path, device: str) -> dict[str, Any]:
-    """Prune and fine-tune from the dense start (and what else the recipe says), and measure what came out."""
+def make_row(
+    track: Track, row: Row, source: str, work: Path, device: str, forms: Sequence[str] = (FLOAT,)
+) -> dict[str, Any]:
+    """Prune and fine-tune from the dense start (and what else the recipe says), and measure each form of it."""
     from rprune.pipeline.run import Runner
 
+    def run(start: Path, stages: list[Any], name: str) -> list[Any]:
+        part = recipe.model_copy(update={"checkpoint": str(start.resolve()), "stage": tuple(stages)})
+        return Runner(part, row.recipe.parent, folder / name, Lines(), device).run()
+
+    recipe = recipe_of(track, row, source)
+    started, folder, found = time.monotonic(), work / track.name / row.name, {}
     dense = work / DENSE / dense_of(track, row, source)[0] / "run" / "01-train"
-    recipe = recipe_of(track, row, source).model_copy(update={"checkpoint": str(dense.resolve())})
-    recipe = recipe.model_copy(update={"stage": recipe.stage[1:]})
-    started, folder = time.monotonic(), work / "rows" / row.name
-    outcomes = Runner(recipe, row.recipe.parent, folder / "run", Lines(), device).run()
-    found: dict[str, Any] = {}
-    for form, made in forms(recipe, outcomes).items():
-        found |= measure(track, recipe, made, form, folder, device)
+    outcomes = run(dense, [stage for stage in recipe.stage[1:] if stage.kind != "quantize"], "run")
+    for form in forms:
+        made = outcomes
+        if form != FLOAT:
+            stage = next(stage for stage in recipe.stage if stage.kind == "quantize")
+            stage = stage.model_copy(update={"mode": CODEBOOK}) if form == CODEBOOK else stage
+            made = run(outcomes[-1].folder, [stage], form)
+        found |= measure(track, recipe, made[-1].folder, form, folder, device)
     return describe(row, started, outcomes, found)
-
-
-def forms(recipe: Any, outcomes: list[Any]) -> dict[str, Path]:
-    """Where the last float net lies, and its 8-bit form where there is one."""
-    modes = {stage.mode for stage in recipe.stage if stage.kind == "quantize"}
-    names = {"prune": "float", "finetune": "float", "quantize": "codebook" if "codebook" in modes else "8-bit"}
-    return {names[outcome.kind]: outcome.folder for outcome in outcomes if outcome.kind in names}
 
 
 def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, device: str) -> dict[str, Any]:
@@ -192,7 +202,6 @@ def describe(row: Row, started: float, outcomes: list[Any], found: dict[str, Any
         "stages": stages,
         "counts": found,
         "seconds": round(time.monotonic() - started),
-        "command": row.command,
     }
 
 

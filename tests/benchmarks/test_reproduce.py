@@ -243,6 +243,12 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     assert "goes on" in stopped.stderr
     assert json.loads((tmp_path / "result.json").read_text())["unfinished"]
 
+    only = subprocess.run([*command, "--forms", "float"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert only.returncode == 0, only.stderr + "".join(p.read_text() for p in (tmp_path / "work").glob("*/*.log"))
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [list(row["counts"]) for row in found["rows"]] == [["float"]] * 5
+    assert len(found["unfinished"]) == 4, "all but the dense start want 8 bits, too"
+
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in (tmp_path / "work").glob("*/*.log"))
     found = json.loads((tmp_path / "result.json").read_text())

@@ -16,6 +16,7 @@ from rprune.pipeline.cost import Cost
 from rprune.pipeline.recipe import FinetuneStage, PruneStage, QuantizeStage, TrainStage, read_recipe
 from rprune.pipeline.run import Runner
 from rprune.reports.schema import read_report
+from rprune.training import schedules
 from rprune.training.world import World
 
 RECIPE = """
@@ -80,6 +81,28 @@ def test_what_is_counted_in_epochs_shrinks() -> None:
     assert (stage.epochs, stage.warmup, stage.awp_from) == (20, 1.0, 15)
     assert shortened(PruneStage(sparsity=0.9, method="harp"), 5).epochs == 5  # 20 by itself
     assert shortened(QuantizeStage(mode="qat"), 10).epochs == 10
+
+
+def test_what_a_method_or_its_schedule_counts_in_epochs_shrinks() -> None:
+    admm = {"name": "robust-admm", "rho": 0.001, "every": 30}
+    stage = shortened(PruneStage(sparsity=0.9, method=admm, epochs=100, schedule="thirds:30"), 10)
+    assert stage.method == admm | {"every": 3}
+    assert stage.schedule == "thirds:3"
+    assert shortened(PruneStage(sparsity=0.9, method="robust-admm"), 5).method == "robust-admm", "none is named"
+    assert shortened(PruneStage(sparsity=0.9, method="s2ap"), 4).method == {"name": "s2ap", "warmup": 1}
+    one = PruneStage(sparsity=0.9, method=admm, epochs=100, schedule="thirds")
+    assert shortened(one, 1).method == admm | {"every": 1}
+    assert schedules.schedule(shortened(one, 1).schedule)(0, 0.5, 1) == 1
+    assert shortened(one, 100) == one.model_copy(update={"schedule": "thirds:20"})
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_a_shortened_schedule_has_the_same_shape(name: str, share: float) -> None:
+    whole, less = (schedules.schedule(text) for text in (name, schedules.shortened(name, share)))
+    for epoch in range(0, 60, 10):
+        if name != "cosine-by-epoch":  # which is one epoch late
+            assert less(int(epoch * share), 0.0, int(60 * share)) == pytest.approx(whole(epoch, 0.0, 60))
 
 
 @pytest.fixture
