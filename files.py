@@ -18,7 +18,9 @@ from rprune.errors import InputError, IntegrityError, RpruneError, UsageError, W
 
 KEY_FILE = "key.json"
 LOCK = ".lock"  # in a folder that one process at a time works in (rprune.locks)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG
+)  # fmt: skip
 HALF = re.compile(r"\\u[dD][89a-fA-F]")  # half a character, or half of a pair
 MOST_TEXT = 1 << 27  # bytes of a JSON or TOML file; a certificate of 50,000 samples has some 20 MB
 

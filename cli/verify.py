@@ -63,8 +63,10 @@ def verify(
         from rprune.pipeline.reattack import Reattack
 
         with ProgressLines(quiet or as_json) as reporter:
-            for name, run in Reattack(bundle, data, limit, seed, reporter).checks():
+            again = Reattack(bundle, data, limit, seed, reporter)
+            for name, run in again.checks():
                 found.check(name, run)
+        found.unchecked += again.unchecked
     if as_json:
         checks = [vars(check) for check in found.checks]
         print_json(
@@ -88,8 +90,9 @@ def verify(
         if found.passed and found.unread:
             stdout.print(Text(one_line(f"by their hash alone: {', '.join(found.unread)}")))
         if found.passed and found.absent:
-            left = f"; unchecked without: {', '.join(found.unchecked)}" if found.unchecked else ""
-            stdout.print(Text(one_line(f"not here: {', '.join(found.absent)}{left}"), "yellow"))
+            stdout.print(Text(one_line(f"not here: {', '.join(found.absent)}"), "yellow"))
+            if found.unchecked:
+                stdout.print(Text(one_line(f"unchecked without: {', '.join(found.unchecked)}"), "yellow"))
         print_smoke(found.smoke)
     if not found.integrity:
         raise typer.Exit(5)

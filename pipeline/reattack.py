@@ -74,6 +74,13 @@ class Reattack:
     def rows(self) -> list[dict[str, str]]:
         return read_samples(self.folder / self.report.evidence.samples)
 
+    @property
+    def unchecked(self) -> list[str]:
+        """What an attack anew goes without in a bundle that was passed on without its float file."""
+        parent = self.report.subject("onnx")
+        missing = self.role == "onnx-int8" and parent is not None and not (self.folder / parent.name).exists()
+        return ["transfers from the float file"] if missing else []
+
     def checks(self) -> Iterator[tuple[str, Callable[[], Outcome]]]:
         yield "attacked anew", self.attacked
         if self._claim("certified_accuracy") is not None:

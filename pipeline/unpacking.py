@@ -14,11 +14,11 @@ from rprune.errors import InputError, IntegrityError, UsageError
 from rprune.export.c.writer import c_source
 from rprune.export.compact_onnx import expanding
 from rprune.export.unpack import Packed, unpack
-from rprune.files import atomic, file_digest, inside, is_endless, readable, write_text
+from rprune.files import atomic, file_digest, inside, readable, sync_folder, unwritable, write_text
 from rprune.pipeline.artifact import save_tensors
 from rprune.pipeline.forms import FILES, check_formats, rebuilt
-from rprune.reports.schema import read_report
-from rprune.reports.text import packed_forms
+from rprune.reports.partial import packed_forms
+from rprune.reports.schema import Subject, read_report
 
 MOST_BYTES = 1 << 30
 HINT = "do not trust this folder, or take the version of rprune that its report names: others may write other bytes"
@@ -60,43 +60,75 @@ def unpacked(file: Path, out: Path, formats: Sequence[str] | None = None) -> lis
 
 
 def whole_bundle(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
-    """Copy a bundle, and add the files that it was passed on without and that its packed file restores.
+    """Copy what a bundle's report names, and add what it was passed on without and its packed file holds.
 
     Returns what was restored, and the names of files that are still missing: weights, masks and, beside integers, the
-    float model are in no packed file. ``out`` appears when all is there.
+    float model are in no packed file. ``out`` appears when all is there. A signature is not copied: it is of a folder
+    without the restored files.
 
     Raises:
-        InputError: no bundle, no packed file in it, or not a sound one.
-        IntegrityError: the packed file, or what it restores, is not what the report names.
-        UsageError: ``out`` exists.
+        InputError: no bundle, one that cannot be read, no packed file in it, or not a sound one.
+        IntegrityError: a file, or what is restored, is not what the report names.
+        UsageError: ``out`` exists, lies inside the bundle, or cannot be written.
+        WorkError: the disk is full.
     """
-    report = read_report(folder)
-    packed = report.subject("packed")
-    if packed is None or not inside(folder, packed.name).is_file():
-        raise InputError(f"there is no packed file in {folder}", "restore only what 'rprune export' packed")
-    if out.exists():
+    report, target = read_report(folder), out.resolve()
+    try:
+        there = target.exists()
+    except OSError as error:
+        raise unwritable(out, error) from None
+    if there:
         raise UsageError(f"{out} exists", "choose another -o")
-    missing = {subject.role: subject for subject in report.subjects if not inside(folder, subject.name).exists()}
-    wanted = [role for role in packed_forms(report) if role in missing]
-    formats = ["c" if role == "c-header" else role for role in wanted]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-        whole = Path(work) / "bundle"
-        shutil.copytree(folder, whole, symlinks=True, ignore=_endless)
-        if formats:
-            for path in unpacked(whole / packed.name, Path(work) / "restored", formats):
-                if not (whole / path.name).exists():
-                    path.replace(whole / path.name)
-        for subject in (packed, *(missing[role] for role in wanted)):
-            if file_digest(inside(whole, subject.name)) != subject.sha256:
-                raise IntegrityError(f"{subject.name} differs from the sha256 in the report", HINT)
-        whole.replace(out)
-    restored = [out / missing[role].name for role in wanted]
-    return restored, [subject.name for role, subject in missing.items() if role not in wanted]
+    if target.is_relative_to(folder.resolve()):
+        raise UsageError(f"{out} lies in {folder}", "choose another -o")
+    paths = {subject.name: inside(folder, subject.name) for subject in report.subjects}
+    here = [subject for subject in report.subjects if paths[subject.name].exists()]
+    missing = [subject for subject in report.subjects if subject not in here]
+    for subject in here:
+        check_digest(subject, paths[subject.name])
+    wanted = [subject for subject in missing if subject.role in packed_forms(report)]
+    packed = report.subject("packed")
+    if packed is None or packed not in here:
+        raise InputError(f"there is no packed file in {folder}", "restore only what 'rprune export' packed")
+    for subject in missing:
+        if subject.role == "evidence" or (subject in wanted and FILES.get(subject.name) != subject.role):
+            raise IntegrityError(f"no packed file holds {subject.name}, which is missing", HINT)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=target.parent) as work:
+            whole = Path(work) / "bundle"
+            for name in ("report.json", *(subject.name for subject in here)):
+                (whole / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, whole / name)
+            restore(Path(work) / "forms", whole, wanted, paths[packed.name])
+            whole.replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    return [out / subject.name for subject in wanted], [s.name for s in missing if s not in wanted]
 
 
-def _endless(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if is_endless(Path(folder) / name)]
+def restore(forms: Path, whole: Path, wanted: Sequence[Subject], packed: Path) -> None:
+    """Put the missing forms of a packed file beside the other files of a bundle, each as the report names it."""
+    if not wanted:
+        return
+    try:
+        unpacked(packed, forms, sorted({"c" if subject.role == "c-header" else subject.role for subject in wanted}))
+    except UsageError as error:  # forms that the report names, and a packed file of its kind does not have
+        raise IntegrityError(error.message, HINT) from None
+    for subject in wanted:
+        (forms / subject.name).replace(whole / subject.name)
+        check_digest(subject, whole / subject.name)
+
+
+def check_digest(subject: Subject, path: Path) -> None:
+    """Raises IntegrityError for other bytes than the report names, InputError for what cannot be read."""
+    try:
+        right = file_digest(path) == subject.sha256
+    except OSError as error:
+        raise InputError(f"cannot read {subject.name}: {error.strerror}", "check the files of the bundle") from None
+    if not right:
+        raise IntegrityError(f"{subject.name} differs from the sha256 in the report", HINT)
 
 
 def read_packed(file: Path) -> Packed:

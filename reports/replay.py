@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,26 @@ Outcome = tuple[bool, str]
 
 
 class Replay:
-    """The replay checks of one bundle; ``paths`` by file name, ``roles`` by role, ``test`` the report's test split."""
+    """The replay checks of one bundle; ``paths`` by file name, ``roles`` by role, ``test`` the report's test split.
 
-    def __init__(self, report: Report, paths: dict[str, Path], roles: dict[Any, Path], test: Split) -> None:
-        self.report, self.paths, self.roles, self.test = report, paths, roles, test
+    ``gone``: roles of files that may be missing, and are.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        paths: dict[str, Path],
+        roles: dict[Any, Path],
+        test: Split,
+        gone: Collection[str] = (),
+    ) -> None:
+        self.report, self.paths, self.roles, self.test, self.gone = report, paths, roles, test, gone
         self.main = main_role(report)
         self._sessions: dict[str, OnnxClassifier] = {}
 
-    @property
-    def unchecked(self) -> list[str]:
-        """Claims of clean accuracy whose files are not here."""
-        claims = [claim for claim in self.report.claims if claim.metric == "clean_accuracy"]
-        return [claim.id for claim in claims if claim.artifact not in self.roles]
-
     def checks(self) -> Iterator[tuple[str, Callable[[], Outcome]]]:
         for claim in self.report.claims:
-            if claim.metric == "clean_accuracy" and claim.id not in self.unchecked:
+            if claim.metric == "clean_accuracy" and claim.artifact not in self.gone:
                 yield f"replay {claim.id}", lambda claim=claim: self.clean(claim)  # type: ignore[misc]
         if "onnx-compact" in self.roles:
             yield "replay compact", self.compact

@@ -102,11 +102,6 @@ def main_role(report: Report) -> str:
     return "onnx-int8" if report.subject("onnx-int8") else "onnx"
 
 
-def packed_forms(report: Report) -> tuple[str, ...]:
-    """Roles of the files that its packed file, if there is one, restores to the byte."""
-    return (main_role(report), "onnx-compact", "c", "c-header") if report.subject("packed") else ()
-
-
 def verdict(report: Report) -> tuple[str, str]:
     """(``passed``, ``failed`` or ``none``, the sentence for it)."""
     if report.gate is None:

@@ -10,7 +10,7 @@ level, ``reattack``, adds needs torch: :mod:`rprune.pipeline.reattack`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +27,24 @@ from rprune.files import digest_of, file_digest, inside
 from rprune.reports import forms
 from rprune.reports.evidence import read_samples
 from rprune.reports.gate import NO_SMOKE, Policy, judge, policy_rule
+from rprune.reports.partial import is_needed, packed_forms, remedy, unchecked
 from rprune.reports.replay import Replay
-from rprune.reports.schema import Claim, Report, read_report
+from rprune.reports.schema import Claim, Report, Subject, read_report
 from rprune.reports.signing import check_signature
-from rprune.reports.text import flags, main_role, packed_forms
+from rprune.reports.text import flags
 
 Level = Literal["hash", "static", "replay"]
 LEVELS: tuple[Level, ...] = ("hash", "static", "replay")
-UNREAD = ("weights", "masks")  # what they are of is not computed without torch
-MODELS = (".onnx", ".c", ".h", ".safetensors", ".pt")  # what a user of the folder might take for one of its models
+UNREAD = ("weights", "masks", "program")  # what they are of is not computed without torch
+MODELS = (
+    ".onnx",
+    ".c",
+    ".h",
+    ".safetensors",
+    ".pt",
+    ".pt2",
+    ".pth",
+)  # what a user of the folder might take for one of its models
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,8 @@ def verify(
         policy: if given, the report must have been made and judged under this policy.
         data: where the test data is here; None: the source that the report names.
         key: public key whose owner must have signed the bundle.
-        partial: files may be missing, all but the evidence and the model that the report's main claims are of; what
-            they would have been checked for is named as ``unchecked``.
+        partial: files may be missing, all but the evidence and the model that the report's main claims are of (for
+            the hashes, that one too, where a packed file restores it). What stays unchecked for it is named.
 
     Raises:
         InputError: no readable report, or the data is not there.
@@ -103,7 +112,12 @@ def verify(
     result = Verification(level, report.smoke)
     paths = {subject.name: inside(folder, subject.name) for subject in report.subjects}
     if partial:
-        result.absent = [s.name for s in report.subjects if _spare(report, s.role) and not paths[s.name].exists()]
+        needed = {s.name for s in report.subjects if is_needed(report, s.role)}
+        if level == "hash":
+            needed -= {s.name for s in report.subjects if s.role in packed_forms(report)}
+        result.absent = [name for name, path in paths.items() if name not in needed and not path.exists()]
+        result.unchecked = [] if level == "hash" else unchecked(report, result.absent)
+    gone = {s.role for s in report.subjects if s.name in result.absent}
     paths = {name: path for name, path in paths.items() if name not in result.absent}
     result.check("files", lambda: _files(folder, paths, report))
     result.check("report id", lambda: (report.id == report.computed_id(), "report.json against its own id"))
@@ -112,13 +126,11 @@ def verify(
         result.check("signature", lambda: check_signature(folder, key))
     result.integrity = all(check.passed for check in result.checks)
     here = [subject for subject in report.subjects if subject.name in paths]
-    result.unread = [s.name for s in here if level == "hash" or s.role in UNREAD]
-    if level != "hash" and not forms.can_write_c():
-        result.unread += [s.name for s in here if s.role in ("c", "c-header")]
+    result.unread = [s.name for s in here if level == "hash" or not _is_read(report, s, {s.role for s in here})]
     if not result.integrity or level == "hash":
         return result
     roles = {subject.role: paths[subject.name] for subject in here}
-    _static(result, report, paths, roles, policy)
+    _static(result, report, paths, roles, gone, policy)
     if level == "replay":
         try:
             found = load_data(data or report.data.source, limit=report.data.limit)
@@ -126,10 +138,9 @@ def verify(
             hint = f"the bundle was made with {report.data.source}; say where it is here: --data, or use --level static"
             raise InputError(error.message, hint) from None
         if result.check("data", lambda: _data(report, found)):
-            replay = Replay(report, paths, roles, found.test)
+            replay = Replay(report, paths, roles, found.test, gone)
             for name, run in replay.checks():
                 result.check(name, run)
-            result.unchecked += replay.unchecked
     return result
 
 
@@ -139,25 +150,24 @@ def _files(folder: Path, paths: dict[str, Path], report: Report) -> tuple[bool, 
             continue
         path = paths[subject.name]
         if not path.is_file():
-            return False, f"{subject.name} is missing{_mend(report, subject.role)}"
+            return False, f"{subject.name} is missing{remedy(report, subject.role)}"
         if file_digest(path) != subject.sha256:
             return False, f"{subject.name} differs from its sha256"
-    strange = sorted({file.resolve() for file in folder.iterdir() if file.suffix in MODELS} - set(paths.values()))
+    models = {paths[s.name] for s in report.subjects if s.name in paths and s.role not in ("evidence", "program")}
+    strange = sorted({file.resolve() for file in folder.iterdir() if file.suffix.lower() in MODELS} - models)
     if strange:
-        return False, f"the report does not name {strange[0].name}, which lies beside it"
+        return False, f"the report names no model {strange[0].name}, which lies beside it"
     whole = "" if len(paths) == len(report.subjects) else f" of {len(report.subjects)}"
     return True, f"{len(paths)}{whole} files match their hashes"
 
 
-def _spare(report: Report, role: str) -> bool:
-    """Whether the main claims can be checked without such a file."""
-    return role not in ("evidence", main_role(report))
-
-
-def _mend(report: Report, role: str) -> str:
-    if role in packed_forms(report):
-        return "; 'rprune unpack' restores it from the packed file"
-    return "; --partial does without it" if _spare(report, role) else ""
+def _is_read(report: Report, subject: Subject, roles: Collection[str]) -> bool:
+    """Whether a static check or the replay looks into a file."""
+    if subject.role in ("c", "c-header"):
+        return "c" in roles and forms.can_write_c()
+    if subject.role == "evidence":
+        return subject.name in (report.evidence.samples, report.evidence.witnesses)
+    return subject.role not in UNREAD
 
 
 def _data(report: Report, found: DataSet) -> tuple[bool, str]:
@@ -169,15 +179,18 @@ def _data(report: Report, found: DataSet) -> tuple[bool, str]:
 
 
 def _static(
-    result: Verification, report: Report, paths: dict[str, Path], roles: dict[Any, Path], policy: Policy | None
+    result: Verification,
+    report: Report,
+    paths: dict[str, Path],
+    roles: dict[Any, Path],
+    gone: Collection[str],
+    policy: Policy | None,
 ) -> None:
     result.check("sizes", lambda: _sizes(report, paths))
     if result.check("evidence", lambda: _evidence(report)):
         result.check("sample rows", lambda: _sample_rows(paths[report.evidence.samples]))
-    result.check("sparsity", lambda: _sparsity(report, roles))
-    if "onnx" not in roles:
-        result.unchecked.append("zeros of the float file")
-    elif report.sparsity.int8_zeros_equal_float_zeros is not None:
+    result.check("sparsity", lambda: _sparsity(report, roles, "onnx" not in gone))
+    if report.sparsity.int8_zeros_equal_float_zeros is not None and "onnx" not in gone:
         result.check("zeros", lambda: _zeros(report, roles))
     if "onnx-int8" in roles:
         result.check("8 bit", lambda: _int8(roles["onnx-int8"]))
@@ -225,7 +238,7 @@ def _sample_rows(path: Path) -> tuple[bool, str]:
     return True, f"{len(rows)} rows of {path.name} read"
 
 
-def _sparsity(report: Report, roles: dict[Any, Path]) -> tuple[bool, str]:
+def _sparsity(report: Report, roles: dict[Any, Path], floats_too: bool) -> tuple[bool, str]:
     stated, path = report.sparsity, roles[report.sparsity.measured_on]
     weights = stored_weights(path)
     layers = {layer.name: (tuple(layer.shape), layer.nonzero) for layer in stated.by_layer}
@@ -236,7 +249,7 @@ def _sparsity(report: Report, roles: dict[Any, Path]) -> tuple[bool, str]:
     right = right and (stated.kept, stated.total) == (kept, total) and total <= whole
     right = right and _close(stated.overall, 1 - kept / whole)
     right = right and all(_close(e.sparsity, 1 - e.nonzero / math.prod(e.shape)) for e in stated.by_layer)
-    if "onnx" in roles:
+    if floats_too:
         floats = sum(int(np.count_nonzero(array)) for array in stored_weights(roles["onnx"]).values())
         right = right and stated.float_nonzero == floats
     right = right and _within(stated.budget, kept, report)

@@ -165,7 +165,7 @@ def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
     source = subset(track, options.data, options.work)
     rows = chosen(track, options)
     commands = {f"{DENSE}/{dense_of(track, row, source)[0]}": row.command for row in reversed(rows)}
-    forms = dict.fromkeys(reversed(commands), [FLOAT])
+    forms = {name: [FLOAT] for name in reversed(commands)}
     commands |= {f"{track.name}/{row.name}": row.command for row in rows}
     forms |= {f"{track.name}/{row.name}": list(track.suites) for row in rows}
     results = {name: result_of(options.work, name) for name in forms}
