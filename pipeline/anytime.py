@@ -55,8 +55,8 @@ class Anytime:
 
     def known(self, index: int) -> Stage:
         """A stage with the epochs that were decided for it; as it is before that."""
-        epochs = self.epochs.get(str(index))
-        return self.stages[index] if epochs is None else shortened(self.stages[index], epochs)
+        epochs, stage = self.epochs.get(str(index)), self.stages[index]
+        return stage if epochs is None or not isinstance(stage, Trained) else shortened(stage, epochs)
 
     def decide(self, index: int, costs: Callable[[], list[Cost]]) -> Stage:
         """A stage with its epochs; all processes call this. ``costs``: of every stage, from a trial of each."""
