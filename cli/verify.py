@@ -33,7 +33,7 @@ def verify(
     partial: Annotated[
         bool,
         typer.Option(
-            "--partial", help="Files may be missing, all but evidence and main model; what they would show is told."
+            "--partial", help="Weights, masks and other forms may be missing: check the rest, and say what was not."
         ),
     ] = False,
     data: o.Data = None,
@@ -56,9 +56,8 @@ def verify(
     if level not in known:
         raise unknown_name("level", level, known)
     first = next((each for each in LEVELS if each == level), LEVELS[-1])
-    found = run_verify(
-        bundle, first, None if policy is None else read_policy(policy, baseline=True), data, key, partial
-    )
+    rules = None if policy is None else read_policy(policy, baseline=True)
+    found = run_verify(bundle, first, rules, data, key, partial)
     if level == REATTACK and found.passed:
         from rprune.pipeline.reattack import Reattack
 

@@ -36,15 +36,8 @@ from rprune.reports.text import flags
 Level = Literal["hash", "static", "replay"]
 LEVELS: tuple[Level, ...] = ("hash", "static", "replay")
 UNREAD = ("weights", "masks", "program")  # what they are of is not computed without torch
-MODELS = (
-    ".onnx",
-    ".c",
-    ".h",
-    ".safetensors",
-    ".pt",
-    ".pt2",
-    ".pth",
-)  # what a user of the folder might take for one of its models
+# what a user of the folder might take for one of its models
+MODELS = (".onnx", ".c", ".h", ".safetensors", ".pt", ".pt2", ".pth")
 
 
 @dataclass(frozen=True)
