@@ -17,7 +17,7 @@ import pydantic
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rprune.errors import InputError, IntegrityError, UsageError
@@ -184,7 +184,8 @@ def save_folder(artifact: Artifact, path: Path) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with atomic(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        temporary.write_bytes(save(content, metadata))  # save_file keeps its files from everybody but their owner
 
 
 def load_artifact(path: Path, trusted: str | None = None) -> Artifact:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rprune.cli.listing import zoo
+from rprune.pipeline.unpacking import whole_bundle
 from rprune.reports.schema import read_report
 from rprune.reports.verify import verify
 
@@ -36,6 +37,17 @@ def test_a_net_of_the_zoo_claims_what_the_table_says(name: str):
 def test_a_net_on_built_in_data_is_verified(name: str):
     found = verify(ROOT / ZOO[name]["folder"])
     assert found.passed, [check for check in found.checks if not check.passed]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry["data"] != "digits"])
+def test_a_net_on_other_data_is_whole_but_for_what_no_packed_file_holds(name: str, tmp_path: Path):
+    """The int8 file comes back to the byte, and static checks hold; the data is not in the repository."""
+    folder = ROOT / ZOO[name]["folder"]
+    assert verify(folder, "hash", partial=True).passed
+    _, absent = whole_bundle(folder, tmp_path / "whole")
+    found = verify(tmp_path / "whole", "static", partial=True)
+    assert found.passed, [check for check in found.checks if not check.passed]
+    assert found.absent == absent == ["model.safetensors", "masks.safetensors", "model.onnx"]
 
 
 def test_every_artifact_is_in_the_zoo():

@@ -45,6 +45,14 @@ def test_written_files_are_the_same_bytes_again(quantized, tmp_path, form):
     assert (tmp_path / form).read_bytes() == first
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_whoever_may_read_a_file_of_the_folder_may_read_these(quantized, tmp_path, form):
+    save_artifact(quantized, tmp_path / "made" / form)
+    (tmp_path / "usual").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}
+
+
 def test_digest_sees_every_tensor(quantized):
     name = next(iter(quantized.state))
     changed = dict(quantized.state)
