@@ -166,11 +166,13 @@ def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, 
     from rprune.data.loaders import loader
     from rprune.evaluation.ledger import Ledger
     from rprune.evaluation.robustness import robustness
+    from rprune.files import read_json
     from rprune.pipeline.attack import ledger_key
     from rprune.pipeline.shipped import open_target
     from rprune.pipeline.single import Request
 
-    arch = recipe.model.arch if ":" in recipe.model.arch else None
+    named = read_json(artifact / "stage.json", "stage")["metadata"]["architecture"]["name"]
+    arch = named if ":" in named else None  # a file's, which is asked for; integers hold their layers themselves
     opened = open_target(artifact, Request(arch=arch, seed=recipe.seed, device=device), Lines())
     bench, counts = opened.bench, {}
     for suite, limit in track.suites.get(form, {}).items():

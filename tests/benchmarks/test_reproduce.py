@@ -19,7 +19,7 @@ RECIPE = """
 rprune = 1
 name = "{name}"
 [model]
-arch = "cnn-small"
+arch = "benchmarks/reproduce/cpu/mini_vgg.py:MiniVGG"
 [data]
 source = "npz:images.npz"
 [threat]
@@ -49,6 +49,8 @@ seeds = [0]
 [suites.float]
 fgsm = 20
 [suites.8-bit]
+fgsm = 10
+[suites.codebook]
 fgsm = 10
 [axis.sparsity]
 "0.5" = ["stage.prune.sparsity=0.5"]
@@ -227,7 +229,7 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     random = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
     for name, n in (("train", 64), ("test", 20)):
-        arrays[f"{name}_images"] = random.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+        arrays[f"{name}_images"] = random.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
         arrays[f"{name}_labels"] = np.arange(n) % 4
     np.savez(tmp_path / "images.npz", **arrays)
     (tmp_path / "small").mkdir()
@@ -258,8 +260,8 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     for row in found["rows"]:
         assert row["counts"]["float"]["fgsm"]["n"] == 20
         if row["method"] != "dense":
-            assert row["counts"]["8-bit"]["fgsm"]["n"] == 10
-            assert row["kept"] == {"0.5": 11_080, "0.9": 2_216}[row["sparsity"]]
+            assert [row["counts"][form]["fgsm"]["n"] for form in ("8-bit", "codebook")] == [10, 10]
+            assert row["kept"] == {"0.5": 403_928, "0.9": 80_785}[row["sparsity"]]
     assert "| 0.9 | HARP |" in done.stdout
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*/*.json")}
