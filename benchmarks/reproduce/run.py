@@ -100,7 +100,7 @@ def everything(track: Track, options: argparse.Namespace) -> bool:
 
     with ThreadPoolExecutor(options.jobs) as pool:  # first come, first served: what a row waits for has begun
         for row in chosen(track, options):
-            start = f"{DENSE}/{dense_of(track, row, source)[0]}"
+            start = start_of(track, row, source)
             if start not in runs:
                 runs[start] = pool.submit(done, start, None)
             name = f"{track.name}/{row.name}"
@@ -139,14 +139,18 @@ def work_on(track: Track, options: argparse.Namespace) -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     source = subset(track, options.data, options.work)
-    kind, _, name = options.row.partition("/")
-    if kind == DENSE:
-        row = next(row for row in track.rows() if name == dense_of(track, row, source)[0])
-        found = make_dense(track, row, source, options.work, options.device)
+    rows = {start_of(track, row, source): row for row in track.rows()}
+    if options.row in rows:
+        found = make_dense(track, rows[options.row], source, options.work, options.device)
     else:
-        row = next(row for row in track.rows() if name == row.name)
+        row = next(row for row in track.rows() if options.row == f"{track.name}/{row.name}")
         found = make_row(track, row, source, options.work, options.device, options.forms)
     write_text(result_of(options.work, options.row), json.dumps(found, indent=1))
+
+
+def start_of(track: Track, row: Row, source: str) -> str:
+    """Of its dense start: the net is any track's, what is measured of it this one's."""
+    return f"{track.name}/{DENSE}-{dense_of(track, row, source)[0]}"
 
 
 def result_of(work: Path, name: str) -> Path:
@@ -164,7 +168,7 @@ def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
 
     source = subset(track, options.data, options.work)
     rows = chosen(track, options)
-    commands = {f"{DENSE}/{dense_of(track, row, source)[0]}": row.command for row in reversed(rows)}
+    commands = {start_of(track, row, source): row.command for row in reversed(rows)}
     forms = {name: [FLOAT] for name in reversed(commands)}
     commands |= {f"{track.name}/{row.name}": row.command for row in rows}
     forms |= {f"{track.name}/{row.name}": list(track.suites) for row in rows}

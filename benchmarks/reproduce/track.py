@@ -166,7 +166,7 @@ def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, 
     from rprune.data.loaders import loader
     from rprune.evaluation.ledger import Ledger
     from rprune.evaluation.robustness import robustness
-    from rprune.files import read_json
+    from rprune.files import digest_of, read_json
     from rprune.pipeline.attack import ledger_key
     from rprune.pipeline.shipped import open_target
     from rprune.pipeline.single import Request
@@ -180,7 +180,8 @@ def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, 
         key = ledger_key(
             opened.identity, bench.data.test.digest, bench.threat, attacks, bench.seed, bench.device.type, form=form
         )
-        ledger = Ledger.open(folder / f"{form}-{suite}.jsonl", key)
+        # a ledger of other code is of another attack
+        ledger = Ledger.open(folder / f"{form}-{suite}-{digest_of(key)[:8]}.jsonl", key)
         data = loader(bench.data.test, bench.device)
         found = robustness(
             opened.target, data, bench.threat, attacks, seed=bench.seed, limit=limit, ledger=ledger, grid=False

@@ -264,7 +264,18 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
             assert row["kept"] == {"0.5": 403_928, "0.9": 80_785}[row["sparsity"]]
     assert "| 0.9 | HARP |" in done.stdout
 
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*/*.json")}
+    (tmp_path / "other").mkdir()
+    for path in (tmp_path / "small").iterdir():
+        text = path.read_text().replace("fgsm = 20", "pgd10 = 5").replace('["lwm", "harp"]', '["lwm"]')
+        (tmp_path / "other" / path.name).write_text(text)
+    other = [*command[:2], tmp_path / "other", *command[3:], "--output", tmp_path / "other.json", "--forms", "float"]
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "dense").rglob("*.safetensors")}
+    subprocess.run(other, capture_output=True, cwd=ROOT, check=True)
+    rows = json.loads((tmp_path / "other.json").read_text())["rows"]
+    assert [list(row["counts"]["float"]) for row in rows] == [["pgd10"]] * 3, "each track measures what it wants"
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained, "and trains no start again"
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "small").glob("*.json")}
     assert len(before) == 5
     subprocess.run(command, capture_output=True, cwd=ROOT, check=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
