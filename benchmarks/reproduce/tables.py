@@ -42,7 +42,6 @@ class Results:
 
     def __init__(self, result: dict[str, Any]) -> None:
         self.track, self.unfinished = result["track"], len(result["unfinished"])
-        self.seeds = len({row["seed"] for row in result["rows"]})
         self.axes = list(self.track["axis"])
         self.groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in result["rows"]:
@@ -52,7 +51,8 @@ class Results:
 
     def whole(self) -> str:
         """How much of the track the figures are of."""
-        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        counts = sorted({len(rows) for rows in self.groups.values()})
+        seeds = f"{' or '.join(map(str, counts))} seed{'s' if counts[-1:] > [1] else ''}"
         left = f" Not all is run yet: {self.unfinished} rows are missing." if self.unfinished else ""
         return f"Mean of {seeds}.{left}"
 
