@@ -103,7 +103,7 @@ def everything(track: Track, options: argparse.Namespace) -> bool:
             start = start_of(track, row, source)
             if start not in runs:
                 runs[start] = pool.submit(done, start, None)
-            name = f"{track.name}/{row.name}"
+            name = name_of(track, row)
             runs[name] = pool.submit(done, name, start)
     finished = [run.result() for run in runs.values()]  # raises where one failed
     return all(finished)
@@ -139,13 +139,17 @@ def work_on(track: Track, options: argparse.Namespace) -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     source = subset(track, options.data, options.work)
-    rows = {start_of(track, row, source): row for row in track.rows()}
-    if options.row in rows:
-        found = make_dense(track, rows[options.row], source, options.work, options.device)
-    else:
-        row = next(row for row in track.rows() if options.row == f"{track.name}/{row.name}")
+    row = next((row for row in track.rows() if options.row == name_of(track, row)), None)
+    if row is not None:
         found = make_row(track, row, source, options.work, options.device, options.forms)
+    else:
+        row = next(row for row in track.rows() if options.row == start_of(track, row, source))
+        found = make_dense(track, row, source, options.work, options.device)
     write_text(result_of(options.work, options.row), json.dumps(found, indent=1))
+
+
+def name_of(track: Track, row: Row) -> str:
+    return f"{track.name}/{row.name}"
 
 
 def start_of(track: Track, row: Row, source: str) -> str:
@@ -170,8 +174,8 @@ def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
     rows = chosen(track, options)
     commands = {start_of(track, row, source): row.command for row in reversed(rows)}
     forms = {name: [FLOAT] for name in reversed(commands)}
-    commands |= {f"{track.name}/{row.name}": row.command for row in rows}
-    forms |= {f"{track.name}/{row.name}": list(track.suites) for row in rows}
+    commands |= {name_of(track, row): row.command for row in rows}
+    forms |= {name_of(track, row): list(track.suites) for row in rows}
     results = {name: result_of(options.work, name) for name in forms}
     whole = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in results.items() if path.exists()}
     found = [row | {"command": commands[name]} for name, row in whole.items()]
