@@ -6,9 +6,9 @@
 Tracks are the folders beside this file, or one of yours: recipes, and track.toml with what is made of them. Rows that
 share their dense start train it once, those of other tracks in the same work folder, too. Each row runs in a process of
 its own; what it found is written down when it is whole, and what was interrupted goes on after its last epoch or attack
-batch. 8-bit forms are attacked on CPUs, where their simulation is exact: ``--forms float`` leaves them for a later call
-without a GPU. ``--shorten 0.1`` trains for a tenth of the epochs, as the result file then says; ``--table`` prints what
-the committed one holds.
+batch; on another machine, ``--keep`` goes on from the rows that the result file has. 8-bit forms are attacked on CPUs,
+where their simulation is exact: ``--forms float`` leaves them for a later call without a GPU. ``--shorten 0.1`` trains
+for a tenth of the epochs, as the result file then says; ``--table`` prints what the committed one holds.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose names match this regular expression")
     parser.add_argument("--shorten", type=float, default=1.0, help="train for this share of the recipes' epochs")
     parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/reproduce_TRACK.json")
+    parser.add_argument("--keep", action="store_true", help="leave the rows that the result file has as they are")
     parser.add_argument("--plot", type=Path, help="draw accuracy against sparsity into this file, too")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # what a process of its own does
     options = parser.parse_args()
@@ -68,8 +69,14 @@ def main() -> None:
             except KeyboardInterrupt:
                 sys.exit(130)
             return
-        whole = everything(track, options)
-        write_text(output, json.dumps(collected(track, options), indent=1) + "\n")
+        old = json.loads(output.read_text(encoding="utf-8")) if options.keep and output.exists() else None
+        before = earlier(track, options, old) if old else {}
+        whole = everything(track, options, before)
+        found = collected(track, options, before)
+        if old:
+            others = [*old.get("environments_before", []), old["environment"]]
+            found["environments_before"] = [each for n, each in enumerate(others) if each not in others[:n]]
+        write_text(output, json.dumps(found, indent=1) + "\n")
     result = json.loads(output.read_text(encoding="utf-8"))
     print(tables.table(result))
     if options.plot is not None:
@@ -83,30 +90,31 @@ def chosen(track: Track, options: argparse.Namespace) -> list[Row]:
     return [row for row in track.rows() if re.search(options.only, row.name)]
 
 
-def everything(track: Track, options: argparse.Namespace) -> bool:
-    """Run every row that has no result yet; False where the time was up before."""
+def everything(track: Track, options: argparse.Namespace, before: dict[str, Any]) -> bool:
+    """Run every row that has no result yet; False where the time was up first."""
     from rprune.cli.options import seconds
 
     options.work.mkdir(parents=True, exist_ok=True)
     source = subset(track, options.data, options.work)
     deadline = time.monotonic() + (seconds(options.budget) if options.budget else float("inf"))
-    runs: dict[str, Future[bool]] = {}
+    names: dict[str, list[str]] = {}  # of rows, by that of their dense start
+    for row in chosen(track, options):
+        names.setdefault(start_of(track, row, source), []).append(name_of(track, row))
 
-    def done(name: str, after: str | None) -> bool:
-        if after is not None and not runs[after].result():
-            return False
-        forms = options.forms if after is not None else [FLOAT]
-        return is_whole(result_of(options.work, name), forms) or in_process(name, options, deadline)
+    def has(name: str) -> bool:
+        return is_whole(result_of(options.work, name, before), options.forms)
+
+    def start(name: str) -> bool:  # its net has to lie here for rows that are to run
+        known = before if all(map(has, names[name])) else {}
+        return result_of(options.work, name, known) is not None or in_process(name, options, deadline)
+
+    def row(name: str, after: Future[bool]) -> bool:
+        return has(name) or (after.result() and in_process(name, options, deadline))
 
     with ThreadPoolExecutor(options.jobs) as pool:  # first come, first served: what a row waits for has begun
-        for row in chosen(track, options):
-            start = start_of(track, row, source)
-            if start not in runs:
-                runs[start] = pool.submit(done, start, None)
-            name = name_of(track, row)
-            runs[name] = pool.submit(done, name, start)
-    finished = [run.result() for run in runs.values()]  # raises where one failed
-    return all(finished)
+        starts = {name: pool.submit(start, name) for name in names}
+        rows = [pool.submit(row, name, starts[first]) for first, others in names.items() for name in others]
+    return all(run.result() for run in (*starts.values(), *rows))  # raises where one failed
 
 
 def in_process(name: str, options: argparse.Namespace, deadline: float) -> bool:
@@ -139,13 +147,20 @@ def work_on(track: Track, options: argparse.Namespace) -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     source = subset(track, options.data, options.work)
+    path, started = path_of(options.work, options.row), time.monotonic()
+    clock = path.with_suffix(".seconds")  # which interrupted processes of this row took
+    before = float(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0
     row = next((row for row in track.rows() if options.row == name_of(track, row)), None)
-    if row is not None:
-        found = make_row(track, row, source, options.work, options.device, options.forms)
-    else:
-        row = next(row for row in track.rows() if options.row == start_of(track, row, source))
-        found = make_dense(track, row, source, options.work, options.device)
-    write_text(result_of(options.work, options.row), json.dumps(found, indent=1))
+    try:
+        if row is not None:
+            found = make_row(track, row, source, options.work, options.device, options.forms)
+        else:
+            row = next(row for row in track.rows() if options.row == start_of(track, row, source))
+            found = make_dense(track, row, source, options.work, options.device)
+    finally:
+        seconds = before + time.monotonic() - started
+        write_text(clock, str(seconds))
+    write_text(path, json.dumps(found | {"seconds": round(seconds)}, indent=1))
 
 
 def name_of(track: Track, row: Row) -> str:
@@ -157,29 +172,56 @@ def start_of(track: Track, row: Row, source: str) -> str:
     return f"{track.name}/{DENSE}-{dense_of(track, row, source)[0]}"
 
 
-def result_of(work: Path, name: str) -> Path:
+def path_of(work: Path, name: str) -> Path:
     return work / f"{name}.json"
 
 
-def is_whole(path: Path, forms: Iterable[str]) -> bool:
-    """Whether a row has a result of every one of these forms."""
-    return path.exists() and set(forms) <= json.loads(path.read_text(encoding="utf-8"))["counts"].keys()
+def result_of(work: Path, name: str, before: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of a row, or of a dense start: found here, or else before."""
+    path = path_of(work, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else before.get(name)
 
 
-def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
+def is_whole(result: dict[str, Any] | None, forms: Iterable[str]) -> bool:
+    """Whether a row has figures of every one of these forms."""
+    return result is not None and set(forms) <= result["counts"].keys()
+
+
+def earlier(track: Track, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """Rows of a result file by name, where their command is still one of the track.
+
+    Raises SystemExit where they are of other images, suites or epochs.
+    """
+    for key in ("subset", "suites"):
+        if result["track"].get(key) != track.table.get(key):
+            raise SystemExit(
+                f"--keep: the result file has another [{key}] than track.toml; leave it away to start anew"
+            )
+    if result["share_of_epochs"] != track.share:
+        raise SystemExit(f"--keep: the result file is of --shorten {result['share_of_epochs']:g}; say so here, too")
+    source = subset(track, options.data, options.work)
+    rows = {row.command: row for row in track.rows()}
+    return {
+        (start_of(track, row, source) if found["method"] == DENSE else name_of(track, row)): found
+        for found in result["rows"]
+        if (row := rows.get(found["command"]))
+    }
+
+
+def collected(track: Track, options: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
     """The result file: every row that is finished, the names of others, and what they were made with."""
     from rprune.pipeline.environment import environment
 
     source = subset(track, options.data, options.work)
-    rows = chosen(track, options)
+    rows = list(track.rows()) if options.keep else chosen(track, options)
     commands = {start_of(track, row, source): row.command for row in reversed(rows)}
     forms = {name: [FLOAT] for name in reversed(commands)}
     commands |= {name_of(track, row): row.command for row in rows}
     forms |= {name_of(track, row): list(track.suites) for row in rows}
-    results = {name: result_of(options.work, name) for name in forms}
-    whole = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in results.items() if path.exists()}
-    found = [row | {"command": commands[name]} for name, row in whole.items()]
-    more = f" --only {shlex.quote(options.only)}" if options.only else ""
+    results = {name: result_of(options.work, name, before) for name in forms}
+    found = [row | {"command": commands[name]} for name, row in results.items() if row]
+    only = "" if options.keep else options.only
+    more = f" --only {shlex.quote(only)}" if only else ""
     more += f" --shorten {options.shorten:g}" if options.shorten != 1 else ""
     return {
         "command": f"python benchmarks/reproduce/run.py {options.track} --data npz:cifar10.npz{more}",
@@ -188,7 +230,7 @@ def collected(track: Track, options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(options.device),
         "process_seconds": sum(row["seconds"] for row in found),
         "rows": found,
-        "unfinished": [name for name, path in results.items() if not is_whole(path, forms[name])],
+        "unfinished": [name for name, row in results.items() if not is_whole(row, forms[name])],
     }
 
 

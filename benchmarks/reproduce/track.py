@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -129,11 +128,11 @@ def make_dense(track: Track, row: Row, source: str, work: Path, device: str) -> 
     from rprune.pipeline.run import Runner
 
     name, recipe = dense_of(track, row, source)
-    started, folder = time.monotonic(), work / DENSE / name
+    folder = work / DENSE / name
     outcomes = Runner(recipe, row.recipe.parent, folder / "run", Lines(), device).run()
     found = measure(track, recipe, outcomes[-1].folder, FLOAT, folder, device)
     start = replace(row, method=DENSE, places=track.of_start(row))
-    return describe(start, started, outcomes, found)
+    return describe(start, outcomes, found)
 
 
 def make_row(
@@ -147,7 +146,7 @@ def make_row(
         return Runner(part, row.recipe.parent, folder / name, Lines(), device).run()
 
     recipe = recipe_of(track, row, source)
-    started, folder, found = time.monotonic(), work / track.name / row.name, {}
+    folder, found = work / track.name / row.name, {}
     dense = work / DENSE / dense_of(track, row, source)[0] / "run" / "01-train"
     outcomes = run(dense, [stage for stage in recipe.stage[1:] if stage.kind != "quantize"], "run")
     for form in forms:
@@ -157,7 +156,7 @@ def make_row(
             stage = stage.model_copy(update={"mode": CODEBOOK}) if form == CODEBOOK else stage
             made = run(outcomes[-1].folder, [stage], form)
         found |= measure(track, recipe, made[-1].folder, form, folder, device)
-    return describe(row, started, outcomes, found)
+    return describe(row, outcomes, found)
 
 
 def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, device: str) -> dict[str, Any]:
@@ -190,7 +189,7 @@ def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, 
     return {form: counts}
 
 
-def describe(row: Row, started: float, outcomes: list[Any], found: dict[str, Any]) -> dict[str, Any]:
+def describe(row: Row, outcomes: list[Any], found: dict[str, Any]) -> dict[str, Any]:
     artifact = [outcome.artifact for outcome in outcomes if outcome.kind in ("train", "prune", "finetune")][-1]
     stages = [
         {key: entry.metrics[key] for key in ("target_met", "selected_epoch") if key in entry.metrics}
@@ -204,7 +203,6 @@ def describe(row: Row, started: float, outcomes: list[Any], found: dict[str, Any
         "kept": artifact.metadata.budget,
         "stages": stages,
         "counts": found,
-        "seconds": round(time.monotonic() - started),
     }
 
 

@@ -263,6 +263,9 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
             assert [row["counts"][form]["fgsm"]["n"] for form in ("8-bit", "codebook")] == [10, 10]
             assert row["kept"] == {"0.5": 403_928, "0.9": 80_785}[row["sparsity"]]
     assert "| 0.9 | HARP |" in done.stdout
+    for row in (tmp_path / "work" / "small").glob("*.json"):
+        spent = float(row.with_suffix(".seconds").read_text())
+        assert json.loads(row.read_text())["seconds"] == round(spent), "of all processes that worked on it"
 
     (tmp_path / "other").mkdir()
     for path in (tmp_path / "small").iterdir():
@@ -279,3 +282,27 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     assert len(before) == 5
     subprocess.run(command, capture_output=True, cwd=ROOT, check=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    (tmp_path / "work").rename(tmp_path / "of-another-machine")
+    kept = [*command, "--keep"]
+    again = subprocess.run(kept, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ": done" not in again.stdout, "all rows stand in the result file"
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["environments_before"] == [found["environment"]]
+    assert (len(found["rows"]), found["unfinished"]) == (5, [])
+    found["rows"][3:] = []  # both of HARP
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    only = [*kept, "--only", "HARP-0.9", "--forms", "float"]
+    again = subprocess.run(only, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert [line.split("/")[-1] for line in again.stdout.splitlines() if line.endswith(": done")][
+        -1
+    ] == "HARP-0.9-0: done"
+    assert again.stdout.count(": done") == 2, "a dense start has to lie here for it"
+    then = json.loads((tmp_path / "result.json").read_text())
+    assert then["rows"][1:3] == found["rows"][1:3], "rows of LWM stay"
+    assert [(row["method"], row.get("sparsity")) for row in then["rows"][3:]] == [("HARP", "0.9")]
+    assert [name.split("/")[-1] for name in then["unfinished"]] == ["HARP-0.5-0", "HARP-0.9-0"]
+    longer = [text for text in kept if text not in ("--shorten", "0.5")]
+    wrong = subprocess.run(longer, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert wrong.returncode != 0
+    assert wrong.stderr.splitlines()[-1] == "--keep: the result file is of --shorten 0.5; say so here, too"
