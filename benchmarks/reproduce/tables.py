@@ -18,6 +18,7 @@ LABELS = {
     CLEAN: "clean",
     "pgd10": "PGD-10",
     "pgd20": "PGD-20",
+    "pgd50x10": "PGD-50x10",
     "cw20-harp": "C&W-20",
     "apgd50x5": "APGD 50x5",
     "aa-lite": "AA-lite",
@@ -30,6 +31,7 @@ METRICS = {
     "nat": "clean",
     "pgd": "PGD",
     "pgd10": "PGD-10",
+    "pgd50": "PGD-50",
     "cw": "C&W",
     "apgd": "APGD",
     "aa": "AA",
@@ -47,6 +49,7 @@ class Results:
         for row in result["rows"]:
             key = (row["method"], *(row.get(axis, "") for axis in self.axes))
             self.groups.setdefault(key, []).append(row)
+        self.sources: list[dict[str, Any]] = self.track.get("published", [])
         self.columns = {form: [CLEAN, *suites] for form, suites in self.track["suites"].items()}
 
     def whole(self) -> str:
@@ -87,10 +90,9 @@ class Results:
         low, high = clopper_pearson(round(mean / 100 * n), n)
         return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
-    def published(self, key: tuple[str, ...], form: str, column: str) -> float | None:
-        """What the track's source reports at this place, of this form."""
-        names = self.track.get("published")
-        if names is None or form != names.get("form", "float"):
+    def published(self, names: dict[str, Any], key: tuple[str, ...], form: str, column: str) -> float | None:
+        """What a source of the track reports at this place, of this form."""
+        if form != names.get("form", "float"):
             return None
         method = names["methods"].get(key[0], key[0])
         places = dict(zip(self.axes, key[1:], strict=True))
@@ -115,20 +117,21 @@ def _published() -> list[dict[str, str]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Every row with intervals, beside what is published, and the difference where the setting is the paper's."""
+    """Every row with intervals, beside what the track's first source has, and the difference where settings agree."""
     found = Results(result)
+    first = found.sources[0] if found.sources else {"form": None}
     lines = [found.whole(), ""]
     for form, columns in found.columns.items():
         heads = [*found.axes, "method", *(LABELS.get(c, c) for c in columns)]
-        known = [c for c in columns if any(found.published(key, form, c) is not None for key in found.groups)]
-        heads += [f"paper: {METRICS[found.track['published']['metrics'][c]]}" for c in known]
+        known = [c for c in columns if any(found.published(first, key, form, c) is not None for key in found.groups)]
+        heads += [f"paper: {METRICS[first['metrics'][c]]}" for c in known]
         rows = []
         for key in _in_order(found):
             if all(found.mean(key, form, c) is None for c in columns):
                 continue
             places = [place or "0" for place in key[1:]]
             cells = [found.cell(key, form, c) for c in columns]
-            rows.append([*places, key[0], *cells, *(_beside(found, key, form, c) for c in known)])
+            rows.append([*places, key[0], *cells, *(_beside(found, first, key, form, c) for c in known)])
         if rows:
             lines += [f"Form: {form}.", ""] if len(found.columns) > 1 else []
             lines += [*_markdown(heads, rows), ""]
@@ -157,23 +160,23 @@ def brief(result: dict[str, Any]) -> str:
 
 
 def order(result: dict[str, Any]) -> str:
-    """At every place and column with two published methods or more: the paper's order, ours, how many pairs agree."""
+    """Wherever a source has two of the methods or more: its order, ours, how many pairs agree."""
     found = Results(result)
     form, columns = next(iter(found.columns.items()))
     rows = []
-    for place in dict.fromkeys(key[1:] for key in _in_order(found) if key[0] != DENSE):
-        keys = [key for key in found.groups if key[1:] == place]
-        for column in columns:
-            papers = {key: value for key in keys if (value := found.published(key, form, column)) is not None}
-            ours = {key: mean for key in papers if (mean := found.mean(key, form, column)) is not None}
-            if len(ours) < 2:
-                continue
-            pairs = list(itertools.combinations(sorted(papers, key=lambda key: -papers[key]), 2))
-            means = sum(ours[better] > ours[worse] for better, worse in pairs)
-            seeds = sum(found.beats(better, worse, form, column) for better, worse in pairs)
-            names = [_ranked(papers), _ranked(ours)]
-            rows.append([*place, LABELS.get(column, column), *names, *(f"{n} of {len(pairs)}" for n in (means, seeds))])
-    heads = [*found.axes, "accuracy", "the paper's order", "here", "pairs that agree in the mean", "and in every seed"]
+    places = dict.fromkeys(key[1:] for key in _in_order(found) if key[0] != DENSE)
+    for source, place, column in itertools.product(found.sources, places, columns):
+        values = {key: found.published(source, key, form, column) for key in found.groups if key[1:] == place}
+        papers = {key: value for key, value in values.items() if value is not None}
+        ours = {key: mean for key in papers if (mean := found.mean(key, form, column)) is not None}
+        if len(ours) < 2:
+            continue
+        pairs = list(itertools.combinations(sorted(papers, key=lambda key: -papers[key]), 2))
+        means = sum(ours[better] > ours[worse] for better, worse in pairs)
+        seeds = sum(found.beats(better, worse, form, column) for better, worse in pairs)
+        agree = [f"{n} of {len(pairs)}" for n in (means, seeds)]
+        rows.append([source["label"], *place, LABELS.get(column, column), _ranked(papers), _ranked(ours), *agree])
+    heads = ["paper", *found.axes, "accuracy", "its order", "here", "pairs that agree in the mean", "and in every seed"]
     return "\n".join([found.whole(), "", *_markdown(heads, rows)])
 
 
@@ -193,11 +196,11 @@ def _rank(found: Results, key: tuple[str, ...]) -> list[int]:
     return [list(found.track["axis"][axis]).index(place) for axis, place in zip(found.axes, key[1:], strict=True)]
 
 
-def _beside(found: Results, key: tuple[str, ...], form: str, column: str) -> str:
-    value, mean = found.published(key, form, column), found.mean(key, form, column)
+def _beside(found: Results, source: dict[str, Any], key: tuple[str, ...], form: str, column: str) -> str:
+    value, mean = found.published(source, key, form, column), found.mean(key, form, column)
     if value is None or mean is None:
         return "–"
-    return f"{value:.1f} ({mean - value:+.1f})" if found.track["published"].get("same_setting") else f"{value:.1f}"
+    return f"{value:.1f} ({mean - value:+.1f})" if source.get("same_setting") else f"{value:.1f}"
 
 
 def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -212,6 +215,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = ""  # the same file from the same figures
     import matplotlib.pyplot as plt
 
     found = Results(result)

@@ -160,6 +160,7 @@ def test_a_shorter_track_says_so_in_every_stage(track: Any):
 def result(**more: Any) -> dict[str, Any]:
     published = {
         "source": "HARP (ICLR 2023)",
+        "label": "HARP",
         "arch": {"": "ResNet18"},
         "training": {"": "PGD-AT"},
         "methods": {"dense": "Pre-trained"},
@@ -177,7 +178,7 @@ def result(**more: Any) -> dict[str, Any]:
     ]
     suites = {"float": {"aa-standard": 1000}}
     axis = {"sparsity": {"0.99": ["stage.prune.sparsity=0.99"], "0.999": ["stage.prune.sparsity=0.999"]}}
-    track = {"suites": suites, "axis": axis, "published": published | more}
+    track = {"suites": suites, "axis": axis, "published": [published | more]}
     return {"track": track, "rows": rows, "unfinished": ["rows/HARP-0.999-0", "rows/HYDRA-0.999-0"]}
 
 
@@ -208,8 +209,8 @@ def test_the_brief_table_has_a_line_a_method_and_a_gap_for_what_is_missing(table
 def test_the_order_counts_pairs_in_the_mean_and_in_every_seed(tables: Any):
     lines = tables.order(result()).splitlines()[4:]
     assert lines == [
-        "| 0.99 | clean | HARP 80.1 > HYDRA 75.5 | HARP 81.0 > HYDRA 70.0 | 1 of 1 | 1 of 1 |",
-        "| 0.99 | AA | HARP 45.6 > HYDRA 40.9 | HARP 44.5 > HYDRA 40.0 | 1 of 1 | 1 of 1 |",
+        "| HARP | 0.99 | clean | HARP 80.1 > HYDRA 75.5 | HARP 81.0 > HYDRA 70.0 | 1 of 1 | 1 of 1 |",
+        "| HARP | 0.99 | AA | HARP 45.6 > HYDRA 40.9 | HARP 44.5 > HYDRA 40.0 | 1 of 1 | 1 of 1 |",
     ]
     found = result()
     rows = found["rows"]
@@ -220,8 +221,11 @@ def test_the_order_counts_pairs_in_the_mean_and_in_every_seed(tables: Any):
 
 
 def test_the_plot_is_drawn(tables: Any, tmp_path: Path):
-    tables.plot(result(), tmp_path / "plot.svg")
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    for name in ("plot", "again"):
+        tables.plot(result(), tmp_path / f"{name}.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "<svg" in drawn
+    assert drawn == (tmp_path / "again.svg").read_text()
 
 
 @pytest.mark.slow
