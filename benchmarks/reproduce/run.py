@@ -69,13 +69,15 @@ def main() -> None:
             except KeyboardInterrupt:
                 sys.exit(130)
             return
+        options.work.mkdir(parents=True, exist_ok=True)
         old = json.loads(output.read_text(encoding="utf-8")) if options.keep and output.exists() else None
         before = earlier(track, options, old) if old else {}
         whole = everything(track, options, before)
         found = collected(track, options, before)
         if old:
             others = [*old.get("environments_before", []), old["environment"]]
-            found["environments_before"] = [each for n, each in enumerate(others) if each not in others[:n]]
+            others = [each for n, each in enumerate(others) if each not in (*others[:n], found["environment"])]
+            found |= {"environments_before": others} if others else {}
         write_text(output, json.dumps(found, indent=1) + "\n")
     result = json.loads(output.read_text(encoding="utf-8"))
     print(tables.table(result))
@@ -94,7 +96,6 @@ def everything(track: Track, options: argparse.Namespace, before: dict[str, Any]
     """Run every row that has no result yet; False where the time was up first."""
     from rprune.cli.options import seconds
 
-    options.work.mkdir(parents=True, exist_ok=True)
     source = subset(track, options.data, options.work)
     deadline = time.monotonic() + (seconds(options.budget) if options.budget else float("inf"))
     names: dict[str, list[str]] = {}  # of rows, by that of their dense start

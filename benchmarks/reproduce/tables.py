@@ -44,6 +44,7 @@ class Results:
 
     def __init__(self, result: dict[str, Any]) -> None:
         self.track, self.unfinished = result["track"], len(result["unfinished"])
+        self.share: float = result["share_of_epochs"]
         self.axes = list(self.track["axis"])
         self.groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in result["rows"]:
@@ -56,8 +57,12 @@ class Results:
         """How much of the track the figures are of."""
         counts = sorted({len(rows) for rows in self.groups.values()})
         seeds = f"{' or '.join(map(str, counts))} seed{'s' if counts[-1:] > [1] else ''}"
-        left = f" Not all is run yet: {self.unfinished} rows are missing." if self.unfinished else ""
-        return f"Mean of {seeds}.{left}"
+        words = [f"Mean of {seeds}." if counts else "Nothing is run yet."]
+        if self.unfinished and counts:
+            words.append(f"Not all is run yet: {self.unfinished} rows are missing.")
+        if self.share != 1:
+            words.append(f"Trained for {self.share:g} of the recipes' epochs.")
+        return " ".join(words)
 
     def counts(self, key: tuple[str, ...], form: str, column: str) -> dict[int, tuple[int, int]]:
         """(right, n) by seed; clean ones are those of the suite with the most images."""
@@ -200,7 +205,7 @@ def _beside(found: Results, source: dict[str, Any], key: tuple[str, ...], form: 
     value, mean = found.published(source, key, form, column), found.mean(key, form, column)
     if value is None or mean is None:
         return "–"
-    return f"{value:.1f} ({mean - value:+.1f})" if source.get("same_setting") else f"{value:.1f}"
+    return f"{value:.1f} ({mean - value:+.1f})" if source.get("same_setting") and found.share == 1 else f"{value:.1f}"
 
 
 def _markdown(heads: list[str], rows: list[list[str]]) -> list[str]:

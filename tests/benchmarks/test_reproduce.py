@@ -179,7 +179,8 @@ def result(**more: Any) -> dict[str, Any]:
     suites = {"float": {"aa-standard": 1000}}
     axis = {"sparsity": {"0.99": ["stage.prune.sparsity=0.99"], "0.999": ["stage.prune.sparsity=0.999"]}}
     track = {"suites": suites, "axis": axis, "published": [published | more]}
-    return {"track": track, "rows": rows, "unfinished": ["rows/HARP-0.999-0", "rows/HYDRA-0.999-0"]}
+    left = ["rows/HARP-0.999-0", "rows/HYDRA-0.999-0"]
+    return {"track": track, "share_of_epochs": 1.0, "rows": rows, "unfinished": left}
 
 
 def test_the_table_has_means_intervals_and_what_is_published(tables: Any):
@@ -198,6 +199,13 @@ def test_the_table_has_means_intervals_and_what_is_published(tables: Any):
 def test_differences_stand_where_the_setting_is_the_papers(tables: Any):
     lines = tables.table(result(same_setting=True)).splitlines()
     assert lines[5].endswith("| 80.1 (+0.9) | 45.6 (-1.1) |")
+    lines = tables.table(result(same_setting=True) | {"share_of_epochs": 0.1}).splitlines()
+    assert lines[0].endswith("Trained for 0.1 of the recipes' epochs.")
+    assert lines[5].endswith("| 80.1 | 45.6 |"), "a shorter training is another setting"
+
+
+def test_a_track_that_has_no_rows_yet_says_so(tables: Any):
+    assert tables.table(result() | {"rows": []}).splitlines()[0] == "Nothing is run yet."
 
 
 def test_the_brief_table_has_a_line_a_method_and_a_gap_for_what_is_missing(tables: Any):
@@ -292,9 +300,11 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     again = subprocess.run(kept, capture_output=True, text=True, cwd=ROOT, check=True)
     assert ": done" not in again.stdout, "all rows stand in the result file"
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["environments_before"] == [found["environment"]]
+    assert "environments_before" not in found
     assert (len(found["rows"]), found["unfinished"]) == (5, [])
     found["rows"][3:] = []  # both of HARP
+    here = found["environment"]
+    found["environment"] = {"device": "another"}
     (tmp_path / "result.json").write_text(json.dumps(found))
     only = [*kept, "--only", "HARP-0.9", "--forms", "float"]
     again = subprocess.run(only, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -303,6 +313,7 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     ] == "HARP-0.9-0: done"
     assert again.stdout.count(": done") == 2, "a dense start has to lie here for it"
     then = json.loads((tmp_path / "result.json").read_text())
+    assert (then["environment"], then["environments_before"]) == (here, [{"device": "another"}])
     assert then["rows"][1:3] == found["rows"][1:3], "rows of LWM stay"
     assert [(row["method"], row.get("sparsity")) for row in then["rows"][3:]] == [("HARP", "0.9")]
     assert [name.split("/")[-1] for name in then["unfinished"]] == ["HARP-0.5-0", "HARP-0.9-0"]
