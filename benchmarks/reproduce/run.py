@@ -6,14 +6,16 @@
 Tracks are the folders beside this file, or one of yours: recipes, and track.toml with what is made of them. Rows that
 share their dense start train it once, those of other tracks in the same work folder, too. Each row runs in a process of
 its own; what it found is written down when it is whole, and what was interrupted goes on after its last epoch or attack
-batch; on another machine, ``--keep`` goes on from the rows that the result file has. 8-bit forms are attacked on CPUs,
-where their simulation is exact: ``--forms float`` leaves them for a later call without a GPU. ``--shorten 0.1`` trains
-for a tenth of the epochs, as the result file then says; ``--table`` prints what the committed one holds.
+batch. On another machine ``--keep`` runs no row of a dense start of which the result file has all. 8-bit forms are
+attacked on CPUs, where their simulation is exact: ``--forms float`` leaves them for a later call without a GPU.
+``--shorten 0.1`` trains for a tenth of the epochs, as the result file then says; ``--table`` prints what the committed
+one holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from track import DENSE, FLOAT, HERE, Row, Track, dense_of, make_dense, make_row
+from track import DENSE, FLOAT, HERE, Row, Track, dense_of, digest, make_dense, make_row, recipe_of
 
 from rprune.files import write_text
 
@@ -51,7 +53,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose names match this regular expression")
     parser.add_argument("--shorten", type=float, default=1.0, help="train for this share of the recipes' epochs")
     parser.add_argument("--output", type=Path, help="result file; default: benchmarks/results/reproduce_TRACK.json")
-    parser.add_argument("--keep", action="store_true", help="leave the rows that the result file has as they are")
+    parser.add_argument(
+        "--keep", action="store_true", help="run no row of a dense start of which the result file has all"
+    )
     parser.add_argument("--plot", type=Path, help="draw accuracy against sparsity into this file, too")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # what a process of its own does
     options = parser.parse_args()
@@ -70,15 +74,9 @@ def main() -> None:
                 sys.exit(130)
             return
         options.work.mkdir(parents=True, exist_ok=True)
-        old = json.loads(output.read_text(encoding="utf-8")) if options.keep and output.exists() else None
-        before = earlier(track, options, old) if old else {}
-        whole = everything(track, options, before)
-        found = collected(track, options, before)
-        if old:
-            others = [*old.get("environments_before", []), old["environment"]]
-            others = [each for n, each in enumerate(others) if each not in (*others[:n], found["environment"])]
-            found |= {"environments_before": others} if others else {}
-        write_text(output, json.dumps(found, indent=1) + "\n")
+        whole = everything(track, options, kept(track, options, output))
+        before = kept(track, options, output)  # again: hours may have passed
+        write_text(output, json.dumps(collected(track, options, before), indent=1) + "\n")
     result = json.loads(output.read_text(encoding="utf-8"))
     print(tables.table(result))
     if options.plot is not None:
@@ -102,19 +100,23 @@ def everything(track: Track, options: argparse.Namespace, before: dict[str, Any]
     for row in chosen(track, options):
         names.setdefault(start_of(track, row, source), []).append(name_of(track, row))
 
-    def has(name: str) -> bool:
-        return is_whole(result_of(options.work, name, before), options.forms)
-
-    def start(name: str) -> bool:  # its net has to lie here for rows that are to run
-        known = before if all(map(has, names[name])) else {}
-        return result_of(options.work, name, known) is not None or in_process(name, options, deadline)
+    def start(name: str) -> bool:
+        return result_of(options.work, name, before) is not None or in_process(name, options, deadline)
 
     def row(name: str, after: Future[bool]) -> bool:
-        return has(name) or (after.result() and in_process(name, options, deadline))
+        if is_whole(result_of(options.work, name, before), options.forms):
+            return True
+        return after.result() and in_process(name, options, deadline)
 
+    starts: dict[str, Future[bool]] = {}
+    rows: list[Future[bool]] = []
     with ThreadPoolExecutor(options.jobs) as pool:  # first come, first served: what a row waits for has begun
-        starts = {name: pool.submit(start, name) for name in names}
-        rows = [pool.submit(row, name, starts[first]) for first, others in names.items() for name in others]
+        ahead = iter(names)
+        for name in itertools.islice(ahead, options.jobs):
+            starts[name] = pool.submit(start, name)
+        for first, others in names.items():
+            rows += [pool.submit(row, name, starts[first]) for name in others]
+            starts |= {name: pool.submit(start, name) for name in itertools.islice(ahead, 1)}
     return all(run.result() for run in (*starts.values(), *rows))  # raises where one failed
 
 
@@ -147,21 +149,26 @@ def work_on(track: Track, options: argparse.Namespace) -> None:
 
     if options.device == "cpu":
         torch.set_num_threads(1)
+    from rprune.pipeline.environment import environment
+
     source = subset(track, options.data, options.work)
     path, started = path_of(options.work, options.row), time.monotonic()
-    clock = path.with_suffix(".seconds")  # which interrupted processes of this row took
+    clock = path.with_suffix(".seconds")  # of all processes that worked on this row
     before = float(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0
+    known, here = result_of(options.work, options.row, {}), environment(options.device)
     row = next((row for row in track.rows() if options.row == name_of(track, row)), None)
     try:
         if row is not None:
-            found = make_row(track, row, source, options.work, options.device, options.forms)
+            found = make_row(track, row, source, options.work, options.device, options.forms, known)
         else:
             row = next(row for row in track.rows() if options.row == start_of(track, row, source))
             found = make_dense(track, row, source, options.work, options.device)
     finally:
         seconds = before + time.monotonic() - started
         write_text(clock, str(seconds))
-    write_text(path, json.dumps(found | {"seconds": round(seconds)}, indent=1))
+    machines = known["environments"] if known else []
+    found |= {"environments": machines if here in machines else [*machines, here], "seconds": round(seconds)}
+    write_text(path, json.dumps(found, indent=1))
 
 
 def name_of(track: Track, row: Row) -> str:
@@ -170,7 +177,7 @@ def name_of(track: Track, row: Row) -> str:
 
 def start_of(track: Track, row: Row, source: str) -> str:
     """Of its dense start: the net is any track's, what is measured of it this one's."""
-    return f"{track.name}/{DENSE}-{dense_of(track, row, source)[0]}"
+    return f"{track.name}/{DENSE}-{digest(dense_of(track, row, source))}"
 
 
 def path_of(work: Path, name: str) -> Path:
@@ -178,9 +185,11 @@ def path_of(work: Path, name: str) -> Path:
 
 
 def result_of(work: Path, name: str, before: dict[str, Any]) -> dict[str, Any] | None:
-    """What is known of a row, or of a dense start: found here, or else before."""
+    """What is known of a row, or of a dense start: from before, or else found here."""
     path = path_of(work, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else before.get(name)
+    if name in before or not path.exists():
+        return before.get(name)
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def is_whole(result: dict[str, Any] | None, forms: Iterable[str]) -> bool:
@@ -188,31 +197,45 @@ def is_whole(result: dict[str, Any] | None, forms: Iterable[str]) -> bool:
     return result is not None and set(forms) <= result["counts"].keys()
 
 
-def earlier(track: Track, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """Rows of a result file by name, where their command is still one of the track.
+def kept(track: Track, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Rows of the result file by name that --keep leaves as they are; none without it.
 
-    Raises SystemExit where they are of other images, suites or epochs.
+    All rows of a dense start, or none: what is compared starts from one net. Only those whose recipe is today's, with
+    every default. Raises SystemExit where there is no file, or it is of other images or suites.
     """
+    if not options.keep:
+        return {}
+    if not output.exists():
+        raise SystemExit(f"--keep: there is no {output}; leave it away to start anew")
+    result = json.loads(output.read_text(encoding="utf-8"))
     for key in ("subset", "suites"):
         if result["track"].get(key) != track.table.get(key):
-            raise SystemExit(
-                f"--keep: the result file has another [{key}] than track.toml; leave it away to start anew"
-            )
-    if result["share_of_epochs"] != track.share:
-        raise SystemExit(f"--keep: the result file is of --shorten {result['share_of_epochs']:g}; say so here, too")
+            raise SystemExit(f"--keep: {output} has another [{key}] than track.toml; leave it away to start anew")
+    for row in result["rows"]:
+        row["environments"] = [result["environments"][n] for n in row["environments"]]
+    known = {(row["method"], row["recipe"], *(row[a] for a in track.axes if a in row)): row for row in result["rows"]}
     source = subset(track, options.data, options.work)
-    rows = {row.command: row for row in track.rows()}
-    return {
-        (start_of(track, row, source) if found["method"] == DENSE else name_of(track, row)): found
-        for found in result["rows"]
-        if (row := rows.get(found["command"]))
-    }
+    starts: dict[str, dict[str, Any]] = {}
+    for row in track.rows():
+        name, recipe = start_of(track, row, source), digest(dense_of(track, row, row.data))
+        rows = starts.setdefault(name, {name: known.get((DENSE, recipe, *track.of_start(row).values()))})
+        recipe = digest(recipe_of(track, row, row.data))
+        rows[name_of(track, row)] = known.get((row.method, recipe, *row.places.values()))
+    whole = [
+        rows
+        for start, rows in starts.items()
+        if all(is_whole(row, [FLOAT] if name == start else track.suites) for name, row in rows.items())
+    ]
+    left = len(result["rows"]) - sum(map(len, whole))
+    if left:
+        print(
+            f"--keep: {left} rows of {output} are not kept: other recipes, or not all of a dense start", file=sys.stderr
+        )
+    return {name: row for rows in whole for name, row in rows.items()}
 
 
 def collected(track: Track, options: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
     """The result file: every row that is finished, the names of others, and what they were made with."""
-    from rprune.pipeline.environment import environment
-
     source = subset(track, options.data, options.work)
     rows = list(track.rows()) if options.keep else chosen(track, options)
     commands = {start_of(track, row, source): row.command for row in reversed(rows)}
@@ -221,6 +244,10 @@ def collected(track: Track, options: argparse.Namespace, before: dict[str, Any])
     forms |= {name_of(track, row): list(track.suites) for row in rows}
     results = {name: result_of(options.work, name, before) for name in forms}
     found = [row | {"command": commands[name]} for name, row in results.items() if row]
+    machines: list[dict[str, Any]] = []
+    for row in found:
+        machines += [each for each in row["environments"] if each not in machines]
+        row["environments"] = [machines.index(each) for each in row["environments"]]
     only = "" if options.keep else options.only
     more = f" --only {shlex.quote(only)}" if only else ""
     more += f" --shorten {options.shorten:g}" if options.shorten != 1 else ""
@@ -228,7 +255,7 @@ def collected(track: Track, options: argparse.Namespace, before: dict[str, Any])
         "command": f"python benchmarks/reproduce/run.py {options.track} --data npz:cifar10.npz{more}",
         "track": track.table,
         "share_of_epochs": track.share,
-        "environment": environment(options.device),
+        "environments": machines,
         "process_seconds": sum(row["seconds"] for row in found),
         "rows": found,
         "unfinished": [name for name, row in results.items() if not is_whole(row, forms[name])],

@@ -55,11 +55,14 @@ class Results:
 
     def whole(self) -> str:
         """How much of the track the figures are of."""
-        counts = sorted({len(rows) for rows in self.groups.values()})
-        seeds = f"{' or '.join(map(str, counts))} seed{'s' if counts[-1:] > [1] else ''}"
-        words = [f"Mean of {seeds}." if counts else "Nothing is run yet."]
-        if self.unfinished and counts:
-            words.append(f"Not all is run yet: {self.unfinished} rows are missing.")
+        counts = {len(rows) for rows in self.groups.values()}
+        if not counts:
+            return "Not run yet."
+        low, high = min(counts), max(counts)
+        words = [f"Mean of {high} seed{'s' * (high > 1)}." if low == high else f"Mean of {low} to {high} seeds."]
+        if self.unfinished:
+            are = "row is" if self.unfinished == 1 else "rows are"
+            words.append(f"Not all is run yet: {self.unfinished} {are} missing.")
         if self.share != 1:
             words.append(f"Trained for {self.share:g} of the recipes' epochs.")
         return " ".join(words)
@@ -81,10 +84,10 @@ class Results:
         shares = self.shares(key, form, column)
         return statistics.mean(shares.values()) if shares else None
 
-    def beats(self, one: tuple[str, ...], other: tuple[str, ...], form: str, column: str) -> bool:
-        """Whether one has the higher accuracy from every seed that both have."""
+    def leads(self, one: tuple[str, ...], other: tuple[str, ...], form: str, column: str) -> list[float]:
+        """By how many points one has the higher accuracy, from each seed that both have."""
         ones, others = (self.shares(key, form, column) for key in (one, other))
-        return all(ones[seed] > others[seed] for seed in ones.keys() & others.keys())
+        return [ones[seed] - others[seed] for seed in ones.keys() & others.keys()]
 
     def cell(self, key: tuple[str, ...], form: str, column: str) -> str:
         """Mean over seeds, and the 95 % interval of one with as many images (seeds share them)."""
@@ -95,16 +98,17 @@ class Results:
         low, high = clopper_pearson(round(mean / 100 * n), n)
         return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
-    def published(self, names: dict[str, Any], key: tuple[str, ...], form: str, column: str) -> float | None:
+    def published(self, names: dict[str, Any] | None, key: tuple[str, ...], form: str, column: str) -> float | None:
         """What a source of the track reports at this place, of this form."""
-        if form != names.get("form", "float"):
+        if names is None or form != names.get("form", "float"):
             return None
         method = names["methods"].get(key[0], key[0])
         places = dict(zip(self.axes, key[1:], strict=True))
         sparsity = f"{100 * float(places['sparsity']):g}" if places["sparsity"] else "0"
+        net = places.get("net", "")
         wanted = {
-            "arch": names["arch"].get(places.get("net", ""), names["arch"].get("", "")),
-            "adv_training": names["training"].get(places.get("training", ""), names["training"].get("", "")),
+            "arch": names["arch"].get(net, names["arch"].get("", "")),
+            "adv_training": names["training"].get(places.get("training", net), names["training"].get("", "")),
             "method": method,
             "sparsity": sparsity,
             "metric": names["metrics"].get(column, ""),
@@ -124,12 +128,12 @@ def _published() -> list[dict[str, str]]:
 def table(result: dict[str, Any]) -> str:
     """Every row with intervals, beside what the track's first source has, and the difference where settings agree."""
     found = Results(result)
-    first = found.sources[0] if found.sources else {"form": None}
+    first = found.sources[0] if found.sources else None
     lines = [found.whole(), ""]
     for form, columns in found.columns.items():
         heads = [*found.axes, "method", *(LABELS.get(c, c) for c in columns)]
         known = [c for c in columns if any(found.published(first, key, form, c) is not None for key in found.groups)]
-        heads += [f"paper: {METRICS[first['metrics'][c]]}" for c in known]
+        heads += [f"paper: {METRICS[first['metrics'][c]]}" for c in known if first]
         rows = []
         for key in _in_order(found):
             if all(found.mean(key, form, c) is None for c in columns):
@@ -165,7 +169,10 @@ def brief(result: dict[str, Any]) -> str:
 
 
 def order(result: dict[str, Any]) -> str:
-    """Wherever a source has two of the methods or more: its order, ours, how many pairs agree."""
+    """Wherever a source has two of the methods or more: its order, ours, and how many pairs agree.
+
+    Each pair over the seeds that both have.
+    """
     found = Results(result)
     form, columns = next(iter(found.columns.items()))
     rows = []
@@ -177,8 +184,9 @@ def order(result: dict[str, Any]) -> str:
         if len(ours) < 2:
             continue
         pairs = list(itertools.combinations(sorted(papers, key=lambda key: -papers[key]), 2))
-        means = sum(ours[better] > ours[worse] for better, worse in pairs)
-        seeds = sum(found.beats(better, worse, form, column) for better, worse in pairs)
+        leads = [found.leads(better, worse, form, column) for better, worse in pairs]
+        means = sum(statistics.mean(lead) > 0 for lead in leads if lead)
+        seeds = sum(min(lead) > 0 for lead in leads if lead)
         agree = [f"{n} of {len(pairs)}" for n in (means, seeds)]
         rows.append([source["label"], *place, LABELS.get(column, column), _ranked(papers), _ranked(ours), *agree])
     heads = ["paper", *found.axes, "accuracy", "its order", "here", "pairs that agree in the mean", "and in every seed"]
@@ -201,9 +209,9 @@ def _rank(found: Results, key: tuple[str, ...]) -> list[int]:
     return [list(found.track["axis"][axis]).index(place) for axis, place in zip(found.axes, key[1:], strict=True)]
 
 
-def _beside(found: Results, source: dict[str, Any], key: tuple[str, ...], form: str, column: str) -> str:
+def _beside(found: Results, source: dict[str, Any] | None, key: tuple[str, ...], form: str, column: str) -> str:
     value, mean = found.published(source, key, form, column), found.mean(key, form, column)
-    if value is None or mean is None:
+    if source is None or value is None or mean is None:
         return "–"
     return f"{value:.1f} ({mean - value:+.1f})" if source.get("same_setting") and found.share == 1 else f"{value:.1f}"
 

@@ -116,47 +116,59 @@ def recipe_of(track: Track, row: Row, source: str) -> Any:
     return recipe.model_copy(update={"stage": tuple(stages)})
 
 
-def dense_of(track: Track, row: Row, source: str) -> tuple[str, Any]:
-    """The dense start of a row, which many rows share: its name, and the recipe that has its train stage alone."""
+def dense_of(track: Track, row: Row, source: str) -> Any:
+    """The dense start of a row, which many rows share, as a recipe that has its train stage alone."""
     recipe = recipe_of(track, row, source)
-    whole = recipe.model_copy(update={"name": DENSE, "stage": recipe.stage[:1], "policy": None})
-    return hashlib.sha256(whole.model_dump_json().encode()).hexdigest()[:12], whole
+    return recipe.model_copy(update={"name": DENSE, "stage": recipe.stage[:1], "policy": None})
+
+
+def digest(recipe: Any) -> str:
+    """Of every value in it, defaults and presets, too."""
+    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:12]
 
 
 def make_dense(track: Track, row: Row, source: str, work: Path, device: str) -> dict[str, Any]:
     """Train the dense start of a row, and measure it."""
     from rprune.pipeline.run import Runner
 
-    name, recipe = dense_of(track, row, source)
-    folder = work / DENSE / name
-    outcomes = Runner(recipe, row.recipe.parent, folder / "run", Lines(), device).run()
-    found = measure(track, recipe, outcomes[-1].folder, FLOAT, folder, device)
+    recipe = dense_of(track, row, source)
+    folder = work / DENSE / digest(recipe)
+    net = Runner(recipe, row.recipe.parent, folder / "run", Lines(), device).run()[-1].folder
+    found = measure(track, recipe, net, FLOAT, folder, device)
     start = replace(row, method=DENSE, places=track.of_start(row))
-    return describe(start, outcomes, found)
+    return describe(start, dense_of(track, row, row.data), net, found)
 
 
 def make_row(
-    track: Track, row: Row, source: str, work: Path, device: str, forms: Sequence[str] = (FLOAT,)
+    track: Track, row: Row, source: str, work: Path, device: str, forms: Sequence[str], known: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Prune and fine-tune from the dense start (and what else the recipe says), and measure each form of it."""
+    """Prune and fine-tune from the dense start (and what else the recipe says), and measure each form of it.
+
+    ``known``: what was found of it before, on another device perhaps. Its net is finished then.
+    """
     from rprune.pipeline.run import Runner
 
-    def run(start: Path, stages: list[Any], name: str) -> list[Any]:
+    def run(start: Path, stages: list[Any], name: str) -> Path:
         part = recipe.model_copy(update={"checkpoint": str(start.resolve()), "stage": tuple(stages)})
-        return Runner(part, row.recipe.parent, folder / name, Lines(), device).run()
+        return Runner(part, row.recipe.parent, folder / name, Lines(), device).run()[-1].folder
 
     recipe = recipe_of(track, row, source)
-    folder, found = work / track.name / row.name, {}
-    dense = work / DENSE / dense_of(track, row, source)[0] / "run" / "01-train"
-    outcomes = run(dense, [stage for stage in recipe.stage[1:] if stage.kind != "quantize"], "run")
+    folder, found = work / track.name / row.name, dict(known["counts"]) if known else {}
+    if known:
+        net = max((folder / "run").glob("*/stage.json")).parent  # of the last stage
+    else:
+        dense = work / DENSE / digest(dense_of(track, row, source)) / "run" / "01-train"
+        net = run(dense, [stage for stage in recipe.stage[1:] if stage.kind != "quantize"], "run")
     for form in forms:
-        made = outcomes
+        if form in found:
+            continue
+        made = net
         if form != FLOAT:
             stage = next(stage for stage in recipe.stage if stage.kind == "quantize")
             stage = stage.model_copy(update={"mode": CODEBOOK}) if form == CODEBOOK else stage
-            made = run(outcomes[-1].folder, [stage], form)
-        found |= measure(track, recipe, made[-1].folder, form, folder, device)
-    return describe(row, outcomes, found)
+            made = run(net, [stage], form)
+        found |= measure(track, recipe, made, form, folder, device)
+    return describe(row, recipe_of(track, row, row.data), net, found)
 
 
 def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, device: str) -> dict[str, Any]:
@@ -189,8 +201,10 @@ def measure(track: Track, recipe: Any, artifact: Path, form: str, folder: Path, 
     return {form: counts}
 
 
-def describe(row: Row, outcomes: list[Any], found: dict[str, Any]) -> dict[str, Any]:
-    artifact = [outcome.artifact for outcome in outcomes if outcome.kind in ("train", "prune", "finetune")][-1]
+def describe(row: Row, recipe: Any, net: Path, found: dict[str, Any]) -> dict[str, Any]:
+    from rprune.pipeline.artifact import load_artifact
+
+    artifact = load_artifact(net, recipe.model.arch)
     stages = [
         {key: entry.metrics[key] for key in ("target_met", "selected_epoch") if key in entry.metrics}
         | {"stage": entry.stage}
@@ -200,6 +214,7 @@ def describe(row: Row, outcomes: list[Any], found: dict[str, Any]) -> dict[str, 
         "method": row.method,
         "seed": row.seed,
         **row.places,
+        "recipe": digest(recipe),
         "kept": artifact.metadata.budget,
         "stages": stages,
         "counts": found,

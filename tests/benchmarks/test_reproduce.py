@@ -121,7 +121,7 @@ def test_rows_share_a_dense_start_when_nothing_before_pruning_differs(track: Any
     found = track.Track.read("paper")
     starts: dict[str, set[tuple[str, str]]] = {}
     for row in found.rows():
-        key = track.dense_of(found, row, "cifar10")[0]
+        key = track.digest(track.dense_of(found, row, "cifar10"))
         starts.setdefault(key, set()).add((row.places["net"], row.places["training"]))
     assert len(starts) == 6
     assert all(len(places) == 1 for places in starts.values())
@@ -188,7 +188,7 @@ def test_the_table_has_means_intervals_and_what_is_published(tables: Any):
 
     low, high = (100 * value for value in clopper_pearson(445, 1000))
     first, _, *lines = tables.table(result()).splitlines()
-    assert first == "Mean of 1 or 2 seeds. Not all is run yet: 2 rows are missing."
+    assert first == "Mean of 1 to 2 seeds. Not all is run yet: 2 rows are missing."
     assert lines[0] == "| sparsity | method | clean | AA | paper: clean | paper: AA |"
     assert lines[2].startswith("| 0 | dense | 84.0 [")
     assert lines[2].endswith("| 82.9 | 45.3 |")
@@ -205,12 +205,12 @@ def test_differences_stand_where_the_setting_is_the_papers(tables: Any):
 
 
 def test_a_track_that_has_no_rows_yet_says_so(tables: Any):
-    assert tables.table(result() | {"rows": []}).splitlines()[0] == "Nothing is run yet."
+    assert tables.table(result() | {"rows": []}).splitlines()[0] == "Not run yet."
 
 
 def test_the_brief_table_has_a_line_a_method_and_a_gap_for_what_is_missing(tables: Any):
     lines = tables.brief(result()).splitlines()
-    assert lines[0].startswith("clean / AA. Dense: 84.0 / 46.0. Mean of 1 or 2 seeds.")
+    assert lines[0].startswith("clean / AA. Dense: 84.0 / 46.0. Mean of 1 to 2 seeds.")
     assert lines[-2:] == ["| HARP | 81.0 / 44.5 | – / – |", "| HYDRA | 70.0 / 40.0 | – / – |"]
 
 
@@ -226,6 +226,25 @@ def test_the_order_counts_pairs_in_the_mean_and_in_every_seed(tables: Any):
     clean, aa = tables.order(found).splitlines()[4:]
     assert clean.endswith("| HARP 81.0 > HYDRA 80.0 | 1 of 1 | 0 of 1 |"), "better in the mean, worse from seed 1"
     assert aa.endswith("| HARP 44.5 > HYDRA 44.0 | 1 of 1 | 0 of 1 |")
+
+
+def test_the_order_has_every_source_and_the_seeds_that_two_methods_share(tables: Any):
+    found = result()
+    hydra = {
+        "source": "HYDRA (NeurIPS 2020)",
+        "label": "HYDRA",
+        "arch": {"": "VGG16"},
+        "training": {"": "Madry PGD-AT"},
+    }
+    names = {"methods": {"HARP": "Adv-ADMM"}, "metrics": {"clean": "nat", "aa-standard": "pgd50"}}
+    found["track"]["published"].append(hydra | names)
+    found["rows"][2]["counts"]["float"]["aa-standard"]["clean"] = 100  # of a seed that HYDRA has not
+    lines = tables.order(found).splitlines()[4:]
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| HARP", "0.99", "clean"], ["| HARP", "0.99", "AA"], ["| HYDRA", "0.99", "clean"], ["| HYDRA", "0.99", "AA"]
+    ]  # fmt: skip
+    assert lines[0].endswith("| HYDRA 70.0 > HARP 45.0 | 1 of 1 | 1 of 1 |")
+    assert lines[2].endswith("| HYDRA 59.9 > HARP 55.2 | HYDRA 70.0 > HARP 45.0 | 0 of 1 | 0 of 1 |")
 
 
 def test_the_plot_is_drawn(tables: Any, tmp_path: Path):
@@ -298,26 +317,35 @@ def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     (tmp_path / "work").rename(tmp_path / "of-another-machine")
     kept = [*command, "--keep"]
     again = subprocess.run(kept, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert ": done" not in again.stdout, "all rows stand in the result file"
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert "environments_before" not in found
-    assert (len(found["rows"]), found["unfinished"]) == (5, [])
-    found["rows"][3:] = []  # both of HARP
-    here = found["environment"]
-    found["environment"] = {"device": "another"}
+    assert (": done" in again.stdout, again.stderr) == (False, "")
+    assert json.loads((tmp_path / "result.json").read_text()) == found, "all rows stand in the result file"
+
+    here = found["environments"]
+    found["environments"] = [{"device": "another"}]
+    missing = found["rows"].pop()
     (tmp_path / "result.json").write_text(json.dumps(found))
-    only = [*kept, "--only", "HARP-0.9", "--forms", "float"]
+    only = [*kept, "--only", "LWM-0.9", "--forms", "8-bit"]
     again = subprocess.run(only, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert [line.split("/")[-1] for line in again.stdout.splitlines() if line.endswith(": done")][
-        -1
-    ] == "HARP-0.9-0: done"
-    assert again.stdout.count(": done") == 2, "a dense start has to lie here for it"
+    assert "4 rows" in again.stderr, "those of one dense start stay together"
+    assert [line.split("/")[-1] for line in again.stdout.splitlines() if line.endswith(": done")][1:] == [
+        "LWM-0.9-0: done"
+    ]
+    again = subprocess.run([*only[:-1], "float"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert again.stdout.count(": done") == 1
     then = json.loads((tmp_path / "result.json").read_text())
-    assert (then["environment"], then["environments_before"]) == (here, [{"device": "another"}])
-    assert then["rows"][1:3] == found["rows"][1:3], "rows of LWM stay"
-    assert [(row["method"], row.get("sparsity")) for row in then["rows"][3:]] == [("HARP", "0.9")]
-    assert [name.split("/")[-1] for name in then["unfinished"]] == ["HARP-0.5-0", "HARP-0.9-0"]
-    longer = [text for text in kept if text not in ("--shorten", "0.5")]
-    wrong = subprocess.run(longer, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert then["environments"] == here
+    assert [(row["method"], row.get("sparsity")) for row in then["rows"]] == [("dense", None), ("LWM", "0.9")]
+    assert then["rows"][1]["counts"].keys() == {"8-bit", "float"}
+    assert [name.split("/")[-1] for name in then["unfinished"]] == [
+        "LWM-0.5-0",
+        "LWM-0.9-0",
+        "HARP-0.5-0",
+        "HARP-0.9-0",
+    ]
+
+    found["rows"].append(missing)
+    found["track"]["suites"]["float"]["fgsm"] = 19
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    wrong = subprocess.run(kept, capture_output=True, text=True, cwd=ROOT, check=False)
     assert wrong.returncode != 0
-    assert wrong.stderr.splitlines()[-1] == "--keep: the result file is of --shorten 0.5; say so here, too"
+    assert wrong.stderr.splitlines()[-1].endswith("has another [suites] than track.toml; leave it away to start anew")
