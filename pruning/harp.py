@@ -22,11 +22,12 @@ from rprune.pruning.initial_scores import InitialScores
 from rprune.pruning.masks import Masks, top_mask
 from rprune.pruning.papers import HARP, Settings
 from rprune.pruning.parts import Channels, Resource
-from rprune.pruning.rates import Rated, rate
+from rprune.pruning.rates import ALPHA, Rated, initial_r, rate
 from rprune.pruning.structure import ChannelRates, Structure, check_structure
 
 PAPER_STEPS = 391  # steps an epoch on CIFAR-10 at batch 128, for which the paper's gamma step of 0.01 was chosen
 PAPER_EPOCHS = 20
+FIRST_STEP = 0.3  # of an r, before momentum; the paper's is below 0.1 up to a sparsity of 0.999
 
 
 def hardware_loss(a: Float[Tensor, " l"], sizes: Float[Tensor, " l"], a_t: float) -> Float[Tensor, ""]:
@@ -121,10 +122,12 @@ class Harp(Method):
     L = L_robust + gamma L_hw. gamma grows by ``gamma_step`` an epoch until the target is first met, then rests. Paper:
     SGD lr 0.1, 20 epochs, ``initial_density`` 0.1 in every layer (None here), gamma_step 0.01. None scales that step
     by the ratio of optimizer steps between the paper's run on CIFAR-10 (20 epochs of 391) and this one: short runs
-    would miss the target otherwise. The rates found are snapped to the exact budget, which the authors' code leaves
-    open. ``structure`` filter or channel learns a score a channel and a rate for each group of tied channels, and
-    ``resource`` says what sparsity is a share of (eq. 8 for FLOPs); there rates start at 1 and gamma_step is 0.02, as
-    in the paper. That is the flat end of the sigmoid: 0.9 meets the target sooner where epochs are few.
+    would miss the target otherwise. It stops where some r would move more than 0.3 in the first step: at 0.999 rates
+    ran into the flat ends of their sigmoid within an epoch, and stayed there. The rates found are snapped to the exact
+    budget, which the authors' code leaves open. ``structure`` filter or channel learns a score a channel and a rate for
+    each group of tied channels, and ``resource`` says what sparsity is a share of (eq. 8 for FLOPs); there rates start
+    at 1 and gamma_step is 0.02, as in the paper. That is the flat end of the sigmoid: 0.9 meets the target sooner where
+    epochs are few.
 
     A budget in MACs puts N_l P_l in the place of N_l in L_hw, P_l the positions that the layer's weights are applied
     at. ``macs_weight`` (ours) keeps the budget of weights and presses for cheaper ones: gamma (L_hw + macs_weight M),
@@ -167,7 +170,8 @@ class Harp(Method):
         kept = max(budget.kept, round((self.initial_density or 0.1) * budget.total))
         counts = allocate(self.allocation, weights, budget.inside(budget.sizes, kept))
         a_init = {name: counts[name] / size for name, size in budget.sizes.items()}
-        gamma_step = self.gamma_step or scaled_gamma_step(context)
+        gentle = FIRST_STEP / (context.lr * first_slope(a_init, budget))
+        gamma_step = self.gamma_step or min(scaled_gamma_step(context), gentle)
         return self.pruner(
             model, budget, a_init, gamma_step, self.initial_scores, context.seed, self.macs_weight, places
         )
@@ -183,3 +187,12 @@ def scaled_gamma_step(context: Context) -> float:
     """
     here = max(1, context.steps_per_epoch) * max(1, context.epochs)
     return 0.01 * max(1.0, PAPER_STEPS * PAPER_EPOCHS / here)
+
+
+def first_slope(a_init: Mapping[str, float], budget: Budget) -> float:
+    """The largest dL_hw/dr, N (1 - a_min) sigmoid'(r) / (a_t sum N), of a layer whose rate starts at ``a_init``."""
+    a_t = budget.density
+    r = torch.tensor([initial_r(a, a_t) for name, a in a_init.items() if name not in budget.dense])
+    sizes = torch.tensor([n * budget.cost(name) for name, n in budget.sizes.items() if name not in budget.dense])
+    slope = (1 - ALPHA * a_t) * r.sigmoid() * (-r).sigmoid()
+    return float((sizes * slope).max()) / (a_t * budget.total)
