@@ -1,6 +1,6 @@
 """The papers' tables, made again: recipes of a track along its axes, within a time, resumed by the same command.
 
-    python benchmarks/reproduce/run.py cpu --data npz:cifar10.npz             # some hours on two cores
+    python benchmarks/reproduce/run.py cpu --data npz:cifar10.npz             # about two hours on two cores
     python benchmarks/reproduce/run.py paper --data npz:cifar10.npz --only 'HARP-ResNet-18-PGD-AT' --budget 9m
 
 Tracks are the folders beside this file, or one of yours: recipes, and track.toml with what is made of them. Rows that
