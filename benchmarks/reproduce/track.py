@@ -144,7 +144,8 @@ def make_row(
 ) -> dict[str, Any]:
     """Prune and fine-tune from the dense start (and what else the recipe says), and measure each form of it.
 
-    ``known``: what was found of it before, on another device perhaps. Its net is finished then.
+    ``known``: what was found of it before, on another device perhaps. Its net is finished then. Raises SystemExit where
+    that net does not lie here.
     """
     from rprune.pipeline.run import Runner
 
@@ -155,7 +156,10 @@ def make_row(
     recipe = recipe_of(track, row, source)
     folder, found = work / track.name / row.name, dict(known["counts"]) if known else {}
     if known:
-        net = max((folder / "run").glob("*/stage.json")).parent  # of the last stage
+        finished = sorted((folder / "run").glob("*/stage.json"))
+        if not finished:
+            raise SystemExit(f"{folder}.json has figures, but no net lies in {folder}; remove that file to train it")
+        net = finished[-1].parent
     else:
         dense = work / DENSE / digest(dense_of(track, row, source)) / "run" / "01-train"
         net = run(dense, [stage for stage in recipe.stage[1:] if stage.kind != "quantize"], "run")

@@ -255,6 +255,14 @@ def test_the_plot_is_drawn(tables: Any, tmp_path: Path):
     assert drawn == (tmp_path / "again.svg").read_text()
 
 
+def test_figures_without_their_net_say_what_to_remove(track: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    found = track.Track.read("cpu-bits")
+    row = next(found.rows())
+    with pytest.raises(SystemExit, match=f"{row.name}.json has figures, but no net .* remove that file"):
+        track.make_row(found, row, "npz:images.npz", tmp_path, "cpu", ["float", "8-bit"], {"counts": {"float": {}}})
+
+
 @pytest.mark.slow
 def test_a_track_stops_when_its_time_is_up_and_goes_on(tmp_path: Path):
     random = np.random.default_rng(0)

@@ -106,7 +106,9 @@ def test_no_bound_lies_above_what_an_attack_reached(oracle, eps: str) -> None:
 
 
 @pytest.mark.parametrize("threat", [LINF, ThreatModel("l2", "0.3")], ids=str)
-@pytest.mark.parametrize("case", ["cnn-small", "cifar-resnet18 normalised", "vgg4", "lenet"])
+@pytest.mark.parametrize(
+    "case", ["cnn-small", "cifar-resnet18 normalised", pytest.param("vgg4", marks=pytest.mark.slow), "lenet"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_bounds_hold_on_models_under_attack(load_helper, case: str, threat: ThreatModel, method: str) -> None:
     nets = load_helper("quantization/nets.py")
