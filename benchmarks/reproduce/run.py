@@ -238,8 +238,10 @@ def collected(track: Track, options: argparse.Namespace, before: dict[str, Any])
     """The result file: every row that is finished, the names of others, and what they were made with."""
     source = subset(track, options.data, options.work)
     rows = list(track.rows()) if options.keep else chosen(track, options)
-    commands = {start_of(track, row, source): row.command for row in reversed(rows)}
-    forms = {name: [FLOAT] for name in reversed(commands)}
+    commands: dict[str, str] = {}
+    for row in rows:  # a dense start has the command of the first row that shares it
+        commands.setdefault(start_of(track, row, source), row.command)
+    forms = {name: [FLOAT] for name in commands}
     commands |= {name_of(track, row): row.command for row in rows}
     forms |= {name_of(track, row): list(track.suites) for row in rows}
     results = {name: result_of(options.work, name, before) for name in forms}
